@@ -1,0 +1,1 @@
+"""Questions asked of a residual stream, one file per question."""

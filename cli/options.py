@@ -1,0 +1,173 @@
+"""Options that several commands share. Each decorator hands its command one object, not a dozen arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from streamlens.errors import UsageError
+
+if TYPE_CHECKING:
+    from streamlens.checkpoint import Model
+    from streamlens.corpus import Windows
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    source: str | None
+    config: Path | None
+    factory: str | None
+    unsafe_pickle: bool
+    dtype: str | None
+    device: str
+    seed: int
+
+    def load(self) -> Model:
+        """Load the model; a factory draws its random weights from the seed.
+
+        Raises:
+            UsageError: neither a source nor a factory is given.
+            CheckpointError: the file cannot be loaded.
+            UnsafeFileError: the file would run code.
+        """
+        import torch
+
+        from streamlens.checkpoint import load
+
+        if self.source is None and self.factory is None:
+            raise UsageError("no model is given: name a file or folder, or pass --model package.module:factory")
+        torch.manual_seed(self.seed)
+        return load(
+            self.source,
+            config=self.config,
+            factory=self.factory,
+            unsafe_pickle=self.unsafe_pickle,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            device=self.device,
+        )
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """What the model is shown, and in which windows."""
+
+    text: tuple[Path, ...]
+    jsonl: Path | None
+    text_key: str
+    tokens: Path | None
+    window: int | None
+    ragged: bool
+    max_tokens: int | None
+    batch_tokens: int
+
+    def windows(self, model: Model, seed: int) -> Windows:
+        """Read what was named and cut it into windows for a model; the built-in text when nothing was named.
+
+        Raises:
+            UsageError: more than one of --text, --jsonl and --tokens.
+            CorpusError: text or ids that cannot be used with this model.
+        """
+        from streamlens.corpus import windows_for
+        from streamlens.documents import jsonl_documents, load_ids, text_documents
+
+        if sum(map(bool, (self.text, self.jsonl, self.tokens))) > 1:
+            raise UsageError("--text, --jsonl and --tokens exclude each other: pass one of them")
+        documents = ids = description = None
+        if self.text:
+            documents, description = text_documents(self.text), ", ".join(map(str, self.text))
+        elif self.jsonl:
+            documents, description = jsonl_documents(self.jsonl, text_key=self.text_key), str(self.jsonl)
+        elif self.tokens:
+            ids, description = load_ids(self.tokens), str(self.tokens)
+        return windows_for(
+            model,
+            documents=documents,
+            ids=ids,
+            description=description,
+            window=self.window,
+            max_tokens=self.max_tokens,
+            ragged=self.ragged,
+            seed=seed,
+        )
+
+
+def _bundled(name: str, bundle: type[Any], *parameters: _Decorator) -> Callable[[Command], Command]:
+    """A decorator that adds click parameters to a command and passes their values as one `bundle` called `name`."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_bundle(**values: Any) -> Any:
+            own = {field.name: values.pop(field.name) for field in fields(bundle)}
+            return command(**{name: bundle(**own)}, **values)
+
+        decorated: Any = with_bundle
+        for parameter in reversed(parameters):
+            decorated = parameter(decorated)
+        return decorated  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def model_options(command: Command) -> Command:
+    """Add SOURCE and the options that say how a model is loaded; the command gets `model: ModelOptions`."""
+    return _bundled(
+        "model",
+        ModelOptions,
+        click.argument("source", required=False),
+        click.option("--config", type=_file, help="JSON config of a model whose file holds weights alone."),
+        click.option("--model", "factory", metavar="MODULE:FUNCTION", help="Build the model by calling this function."),
+        click.option("--unsafe-pickle", is_flag=True, help="Unpickle a whole module: this runs code from the file."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            help="Convert the weights. [default: keep]",
+        ),
+        click.option(
+            "--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1, mps."
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seeds whatever is drawn at random."),
+    )(command)
+
+
+def corpus_options(command: Command) -> Command:
+    """Add the options that say what the model is shown; the command gets `corpus: CorpusOptions`."""
+    text_path = click.Path(exists=True, allow_dash=True, path_type=Path)
+    return _bundled(
+        "corpus",
+        CorpusOptions,
+        click.option(
+            "--text",
+            type=text_path,
+            multiple=True,
+            help="Text file (one document), folder of *.txt, or - for standard input; may be repeated. "
+            "[default: English text that comes with Python]",
+        ),
+        click.option("--jsonl", type=_file, help="JSON lines, one document each."),
+        click.option("--text-key", default="text", show_default=True, help="The key of the text in --jsonl."),
+        click.option("--tokens", type=_file, help="Token ids: .npy (integers) or .bin (uint16)."),
+        click.option(
+            "--window", type=click.IntRange(min=2), help="Tokens in a window. [default: 256, or the model's limit]"
+        ),
+        click.option("--ragged", is_flag=True, help="Keep every document whole instead of cutting equal windows."),
+        click.option("--max-tokens", type=click.IntRange(min=1), help="Take the first windows up to so many tokens."),
+        click.option(
+            "--batch-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens run at once."
+        ),
+    )(command)
+
+
+def output_options(command: Command) -> Command:
+    """Add --json; the command gets `as_json: bool`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")(command)

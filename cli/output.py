@@ -1,0 +1,125 @@
+"""What commands print: rows as an aligned table or as one JSON object on stdout, notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+
+SCHEMA = 1
+"""Version of the JSON object: raised when a row's key changes its meaning or goes away."""
+
+_GAP = "  "
+
+
+def print_rows(command: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print the rows of a command to stdout, as a table or as `{"schema": 1, "command": ..., "rows": [...]}`."""
+    if as_json:
+        payload = {"schema": SCHEMA, "command": command, "rows": [_plain(dict(row)) for row in rows]}
+        click.echo(json.dumps(payload, allow_nan=False))
+    elif rows:
+        click.echo(table(rows))
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Tell the user, on stderr, what was left out or assumed."""
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as aligned text under a heading: numbers to the right, text to the left.
+
+    >>> print(table([{"kind": "attn", "cosine": 0.25}, {"kind": "mlp", "cosine": -1.0}]))
+    kind  cosine
+    attn    0.25
+    mlp       -1
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[human(row.get(name)) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    to_right = [all(_is_number(row.get(name)) for row in rows) for name in columns]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(texts, widths, to_right, strict=True)
+        ]
+        return _GAP.join(padded).rstrip()
+
+    return "\n".join([bold(line(columns)), *map(line, cells)])
+
+
+def human(value: Any) -> str:
+    """One cell: four digits of a float, thousands separated in a count, nothing as a dash, no control characters.
+
+    >>> human(12345), human(0.000123456), human(None)
+    ('12,345', '0.0001235', '-')
+    """
+    value = _scalar(value)
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    # Labels come from files that strangers wrote: an escape sequence in one must not reach the terminal.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+
+
+def human_bytes(n: float) -> str:
+    """A size in decimal units, as disks are sold.
+
+    >>> human_bytes(999), human_bytes(98_362_432)
+    ('999 B', '98.4 MB')
+    """
+    return _scaled(n, ["B", "kB", "MB", "GB", "TB", "PB"])
+
+
+def human_count(n: float) -> str:
+    """A large number with a short suffix.
+
+    >>> human_count(999), human_count(134_515_008)
+    ('999', '134.5 M')
+    """
+    return _scaled(n, ["", "k", "M", "G", "T"]).rstrip()
+
+
+def bold(text: str) -> str:
+    """Bold where stdout is a terminal and the user has not set NO_COLOR (click strips the code elsewhere)."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, bold=True)
+
+
+def _scaled(n: float, units: Sequence[str]) -> str:
+    power = 0
+    # 999.95 would be rounded to 1000.0 of the smaller unit.
+    while abs(n) >= (1000 if power == 0 else 999.95) and power < len(units) - 1:
+        n, power = n / 1000, power + 1
+    return f"{n:.0f} {units[0]}" if power == 0 else f"{n:.1f} {units[power]}"
+
+
+def _scalar(value: Any) -> Any:
+    """A numpy or torch scalar as the Python number that it holds, anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(_scalar(value), (int, float))
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types; what is not a finite number becomes null, since JSON has no other word for it."""
+    value = _scalar(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) or hasattr(value, "tolist"):
+        return [_plain(item) for item in (value.tolist() if hasattr(value, "tolist") else value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -1,0 +1,90 @@
+"""How far a run has come, on stderr: a bar where somebody watches, a line at either end where nobody does."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TextIO
+
+from tqdm import tqdm
+
+from streamlens.cli.output import human_bytes
+
+
+class Progress:
+    """Counts tokens and bytes of a run and shows tokens/s, MB/s and the time left.
+
+        with Progress(windows.n_tokens, "capture") as progress:
+            for batch in batches:
+                progress.update(tokens, n_bytes)
+
+    On a terminal, or in a notebook, there is a bar. Elsewhere (a log, CI) one line is written at the start and one at
+    the end, which says whether the run finished.
+    """
+
+    def __init__(
+        self,
+        total_tokens: int,
+        label: str,
+        *,
+        done_tokens: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Args: tokens in all; the word in front of the bar; tokens done by an earlier run; where to write; a clock."""
+        self.total_tokens = total_tokens
+        self.label = label
+        self.tokens = done_tokens
+        self.n_bytes = 0
+        self._resumed_from = done_tokens
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._bar: tqdm[None] | None = None
+
+    def __enter__(self) -> Self:
+        """Start the clock and show the bar, or the first line."""
+        self._started = self._clock()
+        if self._stream.isatty() or "ipykernel" in sys.modules:
+            self._bar = tqdm(
+                total=self.total_tokens,
+                initial=self.tokens,
+                desc=self.label,
+                unit="tok",
+                unit_scale=True,
+                file=self._stream,
+                dynamic_ncols=True,
+            )
+        else:
+            resumed = f", {self.tokens:,} of them done before" if self.tokens else ""
+            self._line(f"{self.total_tokens:,} tokens{resumed}")
+        return self
+
+    def update(self, tokens: int, n_bytes: int) -> None:
+        """Count tokens that are done and the bytes that they took."""
+        self.tokens += tokens
+        self.n_bytes += n_bytes
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{human_bytes(self.n_bytes / self._seconds())}/s", refresh=False)
+            self._bar.update(tokens)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the bar and say what was done, in which time."""
+        if self._bar is not None:
+            self._bar.close()
+        seconds = self._seconds()
+        outcome = "done" if kind is None else f"stopped after {self.tokens:,} of {self.total_tokens:,} tokens"
+        done = self.tokens - self._resumed_from
+        self._line(
+            f"{outcome}: {done:,} tokens, {human_bytes(self.n_bytes)} in {seconds:.1f} s "
+            f"({done / seconds:,.0f} tokens/s, {human_bytes(self.n_bytes / seconds)}/s)"
+        )
+
+    def _seconds(self) -> float:
+        return max(self._clock() - self._started, 1e-9)
+
+    def _line(self, text: str) -> None:
+        print(f"{self.label}: {text}", file=self._stream, flush=True)

@@ -1,0 +1,62 @@
+"""Which axis of a model's input counts positions: found by changing one slice and looking where the output changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from streamlens.calling import Inputs, eager_math, invoke
+
+_FIRST = ("decoder_input_ids", "input_ids")
+
+
+def main_input(inputs: Inputs) -> tuple[str | None, Tensor]:
+    """Return the input that is laid out as tokens, with its name (None for a lone tensor)."""
+    if isinstance(inputs, Tensor):
+        return None, inputs
+    for name in _FIRST:
+        if isinstance(inputs.get(name), Tensor):
+            return name, inputs[name]
+    return next((name, value) for name, value in inputs.items() if isinstance(value, Tensor))
+
+
+def is_position_first(module: nn.Module, inputs: Inputs) -> bool:
+    """Tell whether tokens are laid out as (position, doc), PyTorch's older convention, not (doc, position).
+
+    Documents never see each other, positions do: so the axis along which a change spreads is the position. With fake
+    or meta weights there are no values to compare and (doc, position) is assumed.
+    """
+    name, tokens = main_input(inputs)
+    weights = next(module.parameters(), None)
+    fake = weights is not None and (weights.is_meta or type(weights.data).__name__ == "FakeTensor")
+    if fake or tokens.ndim not in (2, 3) or min(tokens.shape[:2]) < 2:
+        return False
+    with torch.no_grad(), eager_math():
+        plain = invoke(module, inputs)
+        if plain.ndim < 3:
+            return False
+        along_docs = invoke(module, _with(inputs, name, _changed(tokens, 1)))
+        if not torch.equal(plain[:, 1:], along_docs[:, 1:]):
+            return False
+        along_positions = invoke(module, _with(inputs, name, _changed(tokens, 0)))
+    return not torch.equal(plain[1:], along_positions[1:])
+
+
+def _changed(tokens: Tensor, axis: int) -> Tensor:
+    changed = tokens.clone()
+    part = changed.select(axis, 0)
+    if tokens.is_floating_point():
+        part.add_(1.0 + torch.arange(part.shape[-1], device=part.device) / part.shape[-1])
+    else:
+        low, high = tokens.min(), tokens.max()
+        part.copy_(torch.where(part == high, low, high))
+    return changed
+
+
+def _with(inputs: Inputs, name: str | None, tokens: Tensor) -> Inputs:
+    if isinstance(inputs, Mapping):
+        assert name is not None
+        return {**inputs, name: tokens}
+    return tokens

@@ -1,0 +1,411 @@
+"""Text and ids become the windows that a slow cutter in plain loops makes, and bad input is refused with its place."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from streamlens.corpus import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_WINDOW,
+    Windows,
+    windows_for,
+    windows_from_ids,
+    windows_from_text,
+)
+from streamlens.documents import (
+    builtin_documents,
+    id_documents,
+    jsonl_documents,
+    load_ids,
+    random_tokens,
+    text_documents,
+)
+from streamlens.errors import CorpusError, UsageError
+
+
+class ByteTokenizer:
+    """Each UTF-8 byte is a token: an encoder whose output anybody can work out."""
+
+    name = "bytes"
+    vocab_size = 256
+    fingerprint = "0" * 64
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode()
+
+
+@dataclass
+class TinyModel:
+    """The part of a loaded model that choosing windows looks at."""
+
+    tokenizer: ByteTokenizer | None
+    vocab_size: int | None
+    max_positions: int | None
+    source: str = "model.pt"
+    sha256: str = ""
+    module: nn.Module | None = None
+    config: dict[str, object] | None = None
+
+
+def slow_windows(
+    documents: list[list[int]], size: int | None, keep_tails: bool, max_tokens: int | None
+) -> list[tuple[int, list[int]]]:
+    """(document, ids) of each window in the order of the token axis, token by token."""
+    windows: list[tuple[int, list[int]]] = []
+    for number, document in enumerate(documents):
+        current: list[int] = []
+        for token in document:
+            current.append(token)
+            if size is not None and len(current) == size:
+                windows.append((number, current))
+                current = []
+        if current and keep_tails:
+            windows.append((number, current))
+    if max_tokens is not None:
+        taken: list[tuple[int, list[int]]] = []
+        for window in windows:
+            if taken and sum(len(ids) for _, ids in taken) + len(window[1]) > max_tokens:
+                break
+            taken.append(window)
+        windows = taken
+    by_length: list[tuple[int, list[int]]] = []
+    for length in range(1, max((len(ids) for _, ids in windows), default=0) + 1):
+        by_length += [window for window in windows if len(window[1]) == length]
+    return by_length
+
+
+def as_list(windows: Windows) -> list[tuple[int, list[int]]]:
+    """The windows read back from the arrays, checking the document and position columns on the way."""
+    found = []
+    row = 0
+    for length in windows.lengths.tolist():
+        rows = slice(row, row + length)
+        assert windows.position[rows].tolist() == list(range(length))
+        assert len(set(windows.doc[rows].tolist())) == 1
+        found.append((int(windows.doc[row]), windows.ids[rows].tolist()))
+        row += length
+    assert row == windows.n_tokens
+    return found
+
+
+corpora = st.lists(st.lists(st.integers(0, 99), max_size=23), min_size=1, max_size=8).filter(any)
+
+
+@given(corpora, st.integers(2, 9), st.none() | st.integers(1, 60))
+@settings(max_examples=150, deadline=None)
+def test_windows_of_one_length_are_the_slow_cutters(documents: list[list[int]], size: int, cap: int | None) -> None:
+    expected = slow_windows(documents, size, keep_tails=False, max_tokens=cap)
+    if not expected:
+        with pytest.raises(CorpusError, match=r"no document .* fills a window .* \(the longest has \d+\)"):
+            windows_from_ids(documents, window=size, max_tokens=cap)
+        # Without a window of his own, the user gets the documents whole.
+        fallback = windows_from_ids(documents, limit=size, max_tokens=cap)
+        assert as_list(fallback) == slow_windows(documents, None, keep_tails=True, max_tokens=cap)
+        assert any("documents are kept whole" in note for note in fallback.notes)
+        return
+    assert as_list(windows_from_ids(documents, window=size, max_tokens=cap)) == expected
+    assert as_list(windows_from_ids(documents, limit=size, max_tokens=cap)) == expected
+
+
+@given(corpora, st.none() | st.integers(2, 9), st.none() | st.integers(2, 9), st.none() | st.integers(1, 60))
+@settings(max_examples=150, deadline=None)
+def test_ragged_windows_are_the_slow_cutters(
+    documents: list[list[int]], size: int | None, limit: int | None, cap: int | None
+) -> None:
+    if size is not None and limit is not None:
+        limit = max(size, limit)
+    windows = windows_from_ids(documents, window=size, limit=limit, max_tokens=cap, ragged=True)
+    assert as_list(windows) == slow_windows(documents, size or limit, keep_tails=True, max_tokens=cap)
+    if cap is None:
+        assert windows.n_tokens == sum(map(len, documents)), "ragged leaves nothing out"
+
+
+@given(corpora, st.integers(1, 40))
+@settings(max_examples=150, deadline=None)
+def test_batches_partition_the_rows_and_never_mix_lengths(documents: list[list[int]], batch_tokens: int) -> None:
+    windows = windows_from_ids(documents, ragged=True)
+    first = row = 0
+    for index, batch in enumerate(windows.batches(batch_tokens)):
+        assert (batch.index, batch.start) == (index, row)
+        assert set(windows.lengths[first : first + batch.count].tolist()) == {batch.length}
+        assert batch.count * batch.length <= max(batch_tokens, batch.length)
+        ids = windows.batch_ids(batch)
+        assert ids.shape == (batch.count, batch.length)
+        assert ids.dtype == torch.int64
+        assert ids.flatten().tolist() == windows.ids[row : batch.stop].tolist()
+        first, row = first + batch.count, batch.stop
+    assert (first, row) == (len(windows), windows.n_tokens)
+
+
+def test_batches_are_as_full_as_they_can_be() -> None:
+    windows = windows_from_ids(np.arange(7 * 4), window=4)
+    assert [batch.count for batch in windows.batches(15)] == [3, 3, 1]
+    assert [batch.count for batch in windows.batches(1)] == [1] * 7
+    with pytest.raises(UsageError, match="at least 1 token"):
+        windows.batches(0)
+
+
+def test_batch_ids_are_a_copy() -> None:
+    windows = windows_from_ids([1, 2, 3, 4], window=2)
+    windows.batch_ids(windows.batches(4)[0]).zero_()
+    assert windows.ids.tolist() == [1, 2, 3, 4]
+
+
+def test_what_was_left_out_is_said() -> None:
+    windows = windows_from_ids([[1] * 9, [], [2] * 3], window=4)
+    assert as_list(windows) == [(0, [1] * 4), (0, [1] * 4)]
+    assert windows.notes == (
+        "left out 4 tokens (33 %) in tails shorter than the window: --ragged keeps them",
+        "empty documents skipped: 1",
+    )
+    ragged = windows_from_ids([[1] * 9, [2] * 3], limit=4, ragged=True)
+    assert ragged.notes == ("documents longer than 4 tokens (the model's limit), cut into several windows: 1",)
+    capped = windows_from_ids([1] * 9, window=4, max_tokens=3)
+    assert capped.notes == ("took one whole window of 4 tokens, more than the 3 asked for",)
+
+
+def test_max_tokens_reads_no_more_documents_than_it_needs() -> None:
+    read = []
+
+    def texts() -> Iterator[str]:
+        for number in range(1000):
+            read.append(number)
+            yield "x" * 10
+
+    windows = windows_from_text(texts(), ByteTokenizer(), window=5, max_tokens=20)
+    assert windows.n_tokens == 20
+    assert read == [0, 1]
+
+
+def test_the_default_window_shrinks_to_the_models_limit() -> None:
+    text = "y" * 1000
+    assert set(windows_from_text(text, ByteTokenizer()).lengths.tolist()) == {DEFAULT_WINDOW}
+    assert set(windows_from_text(text, ByteTokenizer(), limit=100).lengths.tolist()) == {100}
+    with pytest.raises(CorpusError, match=r"window of 101 .* longer than the 100 positions .* 100 or less"):
+        windows_from_text(text, ByteTokenizer(), window=101, limit=100)
+
+
+def test_any_character_goes_through_but_half_a_surrogate() -> None:
+    text = "a\0b\r\n\N{GRINNING FACE}\u2028"
+    assert bytes(windows_from_text(text, ByteTokenizer(), ragged=True).ids.tolist()).decode() == text
+    with pytest.raises(CorpusError, match=r"document 1 holds half of a surrogate pair .* at character 2"):
+        windows_from_text(["fine", "no\ud83d"], ByteTokenizer(), ragged=True)
+
+
+@pytest.mark.parametrize("documents", [[], [[]], [[], []]])
+def test_an_empty_corpus_is_refused(documents: list[list[int]]) -> None:
+    with pytest.raises(CorpusError, match=r"notes\.txt holds no (documents|tokens)"):
+        windows_from_ids(documents, description="notes.txt")
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    assert windows_from_ids([0, 9], vocab_size=10).n_tokens == 2
+    with pytest.raises(CorpusError, match=r"id 50,256, .* vocabulary has 10 entries: .* belongs to another model"):
+        windows_from_ids([0, 50256], vocab_size=10)
+    with pytest.raises(CorpusError, match=r"id -100: ids start at 0"):
+        windows_from_ids([0, -100])
+
+
+@pytest.mark.parametrize(("asked", "error"), [({"window": 1}, CorpusError), ({"max_tokens": 0}, UsageError)])
+def test_impossible_requests_are_refused(asked: dict[str, int], error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"choose a window of 2|at least 1 token"):
+        windows_from_ids([1, 2, 3], **asked)
+
+
+def test_the_hash_covers_every_column() -> None:
+    windows = windows_from_ids([[1, 2, 3, 4], [5, 6]], window=2)
+    assert windows.sha256 == windows_from_ids([[1, 2, 3, 4], [5, 6]], window=2, description="other").sha256
+    changed = [
+        replace(windows, ids=windows.ids[::-1]),
+        replace(windows, doc=windows.doc[::-1]),
+        replace(windows, position=windows.position[::-1]),
+        replace(windows, lengths=np.array([4, 2])),
+    ]
+    assert len({windows.sha256, *(other.sha256 for other in changed)}) == 5
+    with pytest.raises(ValueError, match="must describe the same tokens"):
+        replace(windows, lengths=np.array([4]))
+
+
+# ---- documents ----------------------------------------------------------------------------------------------------
+
+
+def test_text_files_are_one_document_each(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\nstill one")
+    (tmp_path / "sub" / "a.txt").write_text("two")
+    (tmp_path / "ignored.md").write_text("three")
+    assert list(text_documents(tmp_path)) == ["one\n\nstill one", "two"]
+    assert list(text_documents([tmp_path / "sub" / "a.txt", tmp_path / "b.txt"])) == ["two", "one\n\nstill one"]
+
+
+def test_a_dash_is_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("π\r\n".encode()), encoding="ascii"))
+    assert list(text_documents("-")) == ["π\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "caf\xe9s".encode("latin-1"), r"latin\.txt: byte 0xe9 at offset 3 is not utf-8.* cp1252"),
+        ("wide.txt", "a".encode("utf-16"), r"offset 0 is not utf-8.* iconv -f utf-16"),
+        ("data.jsonl", b"{}", r"data\.jsonl is not plain text: pass it with --jsonl"),
+        ("ids.npy", b"", r"ids\.npy is not plain text: pass it with --tokens"),
+    ],
+)
+def test_text_that_is_not_text_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        list(text_documents(tmp_path / name))
+
+
+def test_another_encoding_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert list(text_documents(tmp_path / "latin.txt", encoding="cp1252")) == ["café"]
+
+
+def test_missing_places_are_named(tmp_path: Path) -> None:
+    for read in (lambda p: list(text_documents(p)), lambda p: list(jsonl_documents(p)), load_ids):
+        with pytest.raises(CorpusError, match=r"nowhere\.txt: no such file"):
+            read(tmp_path / "nowhere.txt")
+    with pytest.raises(CorpusError, match=r"no \*\.txt file in this folder"):
+        list(text_documents(tmp_path))
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    records = [{"text": "a\r\n\u2028b", "id": 1}, {"text": ""}, {"body": "x", "text": "\N{GRINNING FACE}"}]
+    path.write_text("\n\n".join(json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
+    assert list(jsonl_documents(path)) == ["a\r\n\u2028b", "", "\N{GRINNING FACE}"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{'text': 1}", r"data\.jsonl:2: not JSON \(.* at column 2\)"),
+        (b'{"body": "x", "id": 3}', r"data\.jsonl:2: no key 'text'; keys found: 'body', 'id' \(choose .*--text-key\)"),
+        (b'["x"]', r"data\.jsonl:2: an object .* is expected, not list"),
+        (b'{"text": 3}', r"data\.jsonl:2: the value of 'text' is int"),
+        (b'{"text": "\xff"}', r"data\.jsonl:2: byte 0xff at offset 10"),
+    ],
+)
+def test_a_bad_json_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(CorpusError, match=message):
+        list(jsonl_documents(path))
+
+
+def test_ids_from_files(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.arange(5, dtype=np.uint16))
+    np.save(tmp_path / "rows.npy", np.arange(6).reshape(2, 3))
+    (tmp_path / "train.bin").write_bytes(b"\x01\x00\x00\x80")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    found = {name: [d.tolist() for d in load_ids(tmp_path / name)] for name in ("one.npy", "rows.npy", "train.bin")}
+    assert found == {"one.npy": [[0, 1, 2, 3, 4]], "rows.npy": [[0, 1, 2], [3, 4, 5]], "train.bin": [[1, 32768]]}
+    with pytest.raises(CorpusError, match="holds no tokens"):
+        windows_from_ids(load_ids(tmp_path / "empty.bin"))
+
+
+def test_a_file_of_ids_is_mapped_not_read(tmp_path: Path) -> None:
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "big.bin")
+    (document,) = load_ids(tmp_path / "big.bin")
+    assert isinstance(document, np.memmap)
+    assert windows_from_ids([document], window=4, max_tokens=8).ids.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros(3), r"bad\.npy: float64 values; token ids are integers"),
+        (np.zeros((1, 2, 3), dtype=int), r"bad\.npy: 3 axes \(1, 2, 3\)"),
+        (np.array([{}], dtype=object), r"bad\.npy: not a \.npy file of integers"),
+    ],
+)
+def test_arrays_that_are_not_ids_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "bad.npy", array, allow_pickle=True)
+    with pytest.raises(CorpusError, match=message):
+        load_ids(tmp_path / "bad.npy")
+
+
+def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "odd.bin").write_bytes(b"123")
+    (tmp_path / "ids.npz").write_bytes(b"")
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(CorpusError, match="3 bytes are no whole number"):
+        load_ids(tmp_path / "odd.bin")
+    with pytest.raises(CorpusError, match=r"are read from \.npy \(integers\) or \.bin"):
+        load_ids(tmp_path / "ids.npz")
+    with pytest.raises(CorpusError, match=r"cut\.npy: not a \.npy file"):
+        load_ids(tmp_path / "cut.npy")
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([1, 2], [[1, 2]]),
+        ([[1], [], [2, 3]], [[1], [], [2, 3]]),
+        (torch.tensor([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        ([torch.tensor([1]), np.array([2], dtype=np.uint8)], [[1], [2]]),
+    ],
+)
+def test_ids_in_every_form(ids: object, expected: list[list[int]]) -> None:
+    assert [document.tolist() for document in id_documents(ids)] == expected
+
+
+@pytest.mark.parametrize("ids", [[1.5], "12", 7, [[1, "a"]], [[[1]]], torch.tensor([True]), torch.zeros(2), [1, [2]]])
+def test_what_is_no_ids_is_refused(ids: object) -> None:
+    with pytest.raises(CorpusError, match=r"token ids"):
+        id_documents(ids)
+
+
+def test_random_tokens_depend_on_the_seed_alone() -> None:
+    drawn = random_tokens(1000, 500, seed=3)
+    assert drawn.tolist() == random_tokens(1000, 500, seed=3).tolist()
+    assert drawn.tolist() != random_tokens(1000, 500, seed=4).tolist()
+    assert drawn.min() >= 0
+    assert drawn.max() < 1000
+    with pytest.raises(CorpusError, match="at least 1"):
+        random_tokens(0, 5, seed=0)
+
+
+# ---- the door -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_gets_built_in_text_when_none_is_given() -> None:
+    windows = windows_for(TinyModel(ByteTokenizer(), 256, 64))
+    assert bytes(windows.ids[:64].tolist()).decode() == builtin_documents()[0][:64]
+    assert DEFAULT_MAX_TOKENS - 64 < windows.n_tokens <= DEFAULT_MAX_TOKENS
+    assert "no text was given: built-in English text" in windows.notes[0]
+
+
+def test_a_model_without_a_tokenizer_gets_random_tokens() -> None:
+    windows = windows_for(TinyModel(None, 11, None), max_tokens=512, seed=5)
+    assert windows.ids.tolist() == random_tokens(11, 512, seed=5).tolist()
+    assert windows.description == "random tokens (seed 5)"
+
+
+def test_a_model_is_shown_what_it_can_take() -> None:
+    model = TinyModel(ByteTokenizer(), 256, 8)
+    assert set(windows_for(model, documents="z" * 20).lengths.tolist()) == {8}
+    with pytest.raises(CorpusError, match="vocabulary has 256 entries"):
+        windows_for(model, ids=[1, 300])
+    with pytest.raises(UsageError, match="choose one"):
+        windows_for(model, documents="a", ids=[1])
+    with pytest.raises(UsageError, match=r"model\.pt has no tokenizer"):
+        windows_for(TinyModel(None, 256, 8), documents="a")
+    with pytest.raises(UsageError, match=r"model\.pt takes no token ids"):
+        windows_for(TinyModel(None, None, None))
