@@ -126,7 +126,21 @@ class State:
     used: Point | None
     """The argument with which the model carries it over the branch; None for the last state."""
     made: Point | None
-    """The call that returned it; None when it is the model's own input."""
+    """The call that returned it; None when it is an argument of the model's own forward."""
+    argument: str | None = None
+    """Name of that argument; empty when forward is called with a lone tensor."""
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """A module execution that a run starting at a late enough state does not need."""
+
+    module: str
+    visit: int
+    state: int
+    """Not needed when the run starts at this state or a later one."""
+    output: Any
+    """What stands in for its output: ``"@state"`` or ``"@flat"`` (see `streamlens.bypass`), None, or a tuple of these."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +167,7 @@ class Stream:
     steps: tuple[Step, ...]
     states: tuple[State, ...]
     norms: tuple[Norm, ...] = ()
+    bypasses: tuple[Bypass, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -247,8 +262,9 @@ def _stream(raw: Mapping[str, Any]) -> Stream:
         steps=tuple(
             Step(tuple(s["sublayers"]), _instructions(s["instructions"]), s["scale"]) for s in raw["steps"]
         ),
-        states=tuple(State(_point(s["used"]), _point(s["made"])) for s in raw["states"]),
+        states=tuple(State(_point(s["used"]), _point(s["made"]), s["argument"]) for s in raw["states"]),
         norms=tuple(Norm(**n) for n in raw["norms"]),
+        bypasses=tuple(Bypass(b["module"], b["visit"], b["state"], _freeze(b["output"])) for b in raw["bypasses"]),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamlens.anatomy import Kind, Placement, Point
-from streamlens.chain import Diamond
 from streamlens.graph import MATMULS, Graph, base_name
 from streamlens.watch import Op
 
@@ -152,7 +151,7 @@ def home(graph: Graph, branch: Branch) -> str:
     return shared[-1] if shared else ""
 
 
-def value_mix(graph: Graph, branch: Branch, diamond: Diamond) -> tuple[Point | None, int | None]:
+def value_mix(graph: Graph, branch: Branch, docs: int) -> tuple[Point | None, int | None]:
     """Return where the heads' outputs enter the output projection, and the number of heads."""
     if branch.kind not in ("attn", "cross_attn"):
         return None, None
@@ -165,7 +164,6 @@ def value_mix(graph: Graph, branch: Branch, diamond: Diamond) -> tuple[Point | N
         if any(f in op.name for f in _FUSED_ATTENTION):
             mixed, heads = node, graph.nodes[op.inputs[0]].shape[1]
         elif base_name(op) in _BATCHED and _follows_softmax(graph, node, own):
-            docs = graph.nodes[diamond.start].shape[0]
             mixed, heads = node, shape[0] // docs
     if mixed is None:
         return None, None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from streamlens import embedding, head, naming
+from streamlens import bypass, embedding, head, naming
 from streamlens.anatomy import Anatomy, Kind, Norm, Point, State, Step, Stream, Sublayer
 from streamlens.branches import Branch, Classifier, home, norm_nodes, placement, value_mix
 from streamlens.calling import Inputs, check_inputs, without_cache
 from streamlens.chain import Diamond, Puzzle, Segment, Term, diamonds, split_parallel
 from streamlens.errors import AnatomyError
 from streamlens.graph import Graph, base_name
-from streamlens.layout import is_position_first
+from streamlens.layout import is_position_first, main_input
 from streamlens.norms import find_norms
 from streamlens.recording import NotReplayable, record
 from streamlens.replay import last
@@ -46,7 +47,9 @@ def discover(module: nn.Module, inputs: Any) -> Anatomy:
     prepared = without_cache(module, check_inputs(inputs))
     graph = Graph(watch(module, prepared))
     segments = _segments(graph)
-    builders = [_StreamBuilder(graph, segment, is_position_first(module, prepared)) for segment in segments]
+    position_first = is_position_first(module, prepared)
+    docs = main_input(prepared)[1].shape[1 if position_first else 0]
+    builders = [_StreamBuilder(graph, segment, position_first, docs) for segment in segments]
     names = naming.stream_names(
         len(builders), lambda i: any(b.kind == "cross_attn" for b in builders[i].branches), [b.place for b in builders]
     )
@@ -134,14 +137,15 @@ def _explain(graph: Graph, puzzles: Sequence[Puzzle]) -> str:
 class _StreamBuilder:
     """Turns one segment into a `Stream`."""
 
-    def __init__(self, graph: Graph, segment: Segment, position_first: bool) -> None:
+    def __init__(self, graph: Graph, segment: Segment, position_first: bool, docs: int) -> None:
         self.graph = graph
         self.segment = segment
         self.position_first = position_first
         first = segment.diamonds[0].start
         shape = graph.nodes[first].shape
         self.width = shape[-1]
-        positions = shape[0] if position_first else shape[-2]
+        self._docs = docs
+        positions = math.prod(shape) // (docs * self.width)
         self.others = self._other_streams()
         classifier = Classifier(graph, self.width, positions)
 
@@ -211,6 +215,7 @@ class _StreamBuilder:
             steps,
             tuple(self._state(i) for i in range(len(self.states))),
             norms,
+            bypass.find(self.graph, self.states),
         )
 
     def _sublayers(self) -> tuple[Sublayer, ...]:
@@ -227,7 +232,7 @@ class _StreamBuilder:
                 norm_nodes(self.graph, tuple(n for n in range(diamond.end + 1, self.states[step + 1] + 1)))
             )
             where, front = placement(self.graph, branch, post)
-            mix, heads = value_mix(self.graph, branch, diamond)
+            mix, heads = value_mix(self.graph, branch, self._docs)
             front_op = None if front is None else self.graph.op(front)
             result.append(
                 Sublayer(
@@ -276,13 +281,16 @@ class _StreamBuilder:
 
     def _state(self, index: int) -> State:
         node = self.states[index]
-        made = self.graph.made_by.get(node)
-        point = None
-        if made is not None:
-            slot = next(s for s, n in made.results.items() if self.graph.canonical(n) == node)
-            point = Point(made.site, slot)
+        made = self.graph.result_slot(node)
+        point = None if made is None else Point(made[0].site, made[1])
         used = self._argument(self.diamonds[index].carrier, node) if index < len(self.diamonds) else None
-        return State(used, point)
+        argument = self.graph.trace.arguments.get(node)
+        if point is None and argument is None:
+            raise AnatomyError(
+                f"state {index} of the stream (shape {self.graph.nodes[node].shape}) is made inside compiled or fused "
+                "code, where it cannot be seen again; use the uncompiled form of that module"
+            )
+        return State(used, point, argument)
 
     def _argument(self, op: Op, node: int) -> Point:
         slot = self.graph.argument_slot(op.call, node)

@@ -137,19 +137,15 @@ class Graph:
             furthest = max([furthest, *(s for s in self.successors.get(node, ()) if s in between)])
         return found, between
 
-    @cached_property
-    def made_by(self) -> dict[int, Call]:
-        """For each canonical tensor, the first Python call that returned it."""
-        result: dict[int, Call] = {}
-        seen: set[int] = set()
-        for op in self.trace.ops:
-            call = op.call
-            if call is None or id(call) in seen:
-                continue
-            seen.add(id(call))
-            for node in call.results.values():
-                result.setdefault(self.canonical(node), call)
-        return result
+    def result_slot(self, node: int) -> tuple[Call, str] | None:
+        """Return the Python call that made this canonical tensor and returned it, with the slot it came back in."""
+        op = self.op(node)
+        if op is None or op.call is None:
+            return None
+        for slot, result in op.call.results.items():
+            if self.canonical(result) == node:
+                return op.call, slot
+        return None
 
     def argument_slot(self, call: Call | None, node: int) -> str | None:
         """Return which argument of `call` is this canonical tensor, or None."""

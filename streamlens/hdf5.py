@@ -18,7 +18,7 @@ import torch
 from h5py import h5d, h5g, h5l, h5o, h5p, h5s, h5t, h5z
 
 from streamlens.errors import FormatError, IntegrityError, StreamlensError, UnsafeFileError, UsageError
-from streamlens.layout import n_bytes
+from streamlens.file_layout import n_bytes
 
 ALIGNMENT = 64
 """Every dataset starts at a multiple of this, so that a mapped view is aligned for its type and for vector loads."""

@@ -19,12 +19,12 @@ import numpy.typing as npt
 import xxhash
 from torch import Tensor
 
-from streamlens.creation import Attributes, Static, boot_id, byte_view, create_file, write_all
 from streamlens.errors import FormatError, IntegrityError, StorageError, StreamlensError, UsageError
-from streamlens.filelock import WriterLock
+from streamlens.file_creation import Attributes, Static, boot_id, byte_view, create_file, write_all
+from streamlens.file_integrity import Recorded, damage, read_recorded
+from streamlens.file_layout import PARTIAL_SUFFIX, PROOF_COLUMNS, Item, Layout, seal
+from streamlens.file_lock import WriterLock
 from streamlens.hdf5 import open_description
-from streamlens.integrity import Recorded, damaged_rows, read_recorded
-from streamlens.layout import PARTIAL_SUFFIX, PROOF_COLUMNS, Item, Layout
 
 
 class CaptureWriter:
@@ -47,7 +47,7 @@ class CaptureWriter:
         self._extents = recorded.extents
         self._lock = lock
         self._overwrite = overwrite
-        self._done = recorded.proof["done"].astype(bool)
+        self._done: npt.NDArray[np.bool_] = recorded.proof["done"] == 1
         self._complete = False
         self._fd = -1
         self._pending: dict[int, tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]] = {}
@@ -94,7 +94,7 @@ class CaptureWriter:
         try:
             finished = _found(path, wanted, replace=overwrite)
             if finished and not overwrite:
-                if not finished.proof["done"].all():
+                if not (finished.proof["done"] == 1).all():
                     raise UsageError(
                         f"{path} lacks blocks although it has a finished name; rename it to {partial.name}"
                     )
@@ -176,8 +176,8 @@ class CaptureWriter:
         if not seen.all():
             missing = [name for name, there in zip(self.layout.row_names, seen, strict=True) if not there]
             raise UsageError(f"block {block} cannot be committed: {len(missing)} rows are missing, first {missing[0]}")
-        values = {"hash": hashes, "exact": exact, "worst": worst, "where": where}
-        for key, value in values.items():
+        outcome = {"exact": exact, "worst": worst, "where": where}
+        for key, value in {"hash": hashes, **outcome, "seal": seal(hashes, exact, worst, where)}.items():
             self._write_proof(key, block, value)
         # Last: until this byte is there, a resumed run does the block again.
         self._write_proof("done", block, True)
@@ -267,7 +267,7 @@ class CaptureWriter:
         if begun.boot and begun.boot == boot_id():
             return
         for block in np.flatnonzero(self._done):
-            if any(damaged_rows(self._fd, begun, int(block))):
+            if any(damage(self._fd, begun, int(block))):
                 self._write_proof("done", int(block), False)
                 self._done[block] = False
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from streamlens.errors import UsageError
-from streamlens.layout import human_bytes
+from streamlens.file_layout import human_bytes
 from streamlens.store import CaptureWriter
 
 
@@ -202,8 +202,10 @@ class Transfer:
             data.copy_(source)
             return None
         compute = torch.cuda.current_stream(source.device)
-        side = self._side.setdefault(source.device, torch.cuda.Stream(source.device))
-        ready, copied = torch.cuda.Event(), torch.cuda.Event()
+        if source.device not in self._side:
+            self._side[source.device] = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]  # torch's own
+        side = self._side[source.device]
+        ready, copied = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
         ready.record(compute)
         side.wait_event(ready)
         with torch.cuda.stream(side):

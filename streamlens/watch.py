@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamlens.anatomy import RESULT, Site
 from streamlens.calling import Inputs, eager_math, invoke
+from streamlens.opening import opened
 
 _SMALL = 1024  # constants up to this many elements are kept, so that a recorded step can be replayed
 
@@ -86,6 +87,8 @@ class Execution:
     parent: Frame | None
     first: int
     last: int = -1
+    output: Any = None
+    """What it returned, with a `Ref` for each tensor."""
 
 
 @dataclass
@@ -97,6 +100,8 @@ class Trace:
     executions: list[Execution]
     output: int
     """The node of the model's main output."""
+    arguments: dict[int, str]
+    """Name of forward's argument (empty for a lone tensor) by input node."""
 
 
 class _Recorder:
@@ -124,8 +129,10 @@ class _Recorder:
             node.value = tensor.detach().clone()
         return node.index
 
-    def input(self, tensor: Tensor) -> None:
-        self._bind(tensor, None).is_input = True
+    def input(self, tensor: Tensor) -> int:
+        node = self._bind(tensor, None)
+        node.is_input = True
+        return node.index
 
     def _bind(self, tensor: Tensor, op: Op | None) -> Node:
         node = Node(len(self.nodes), tuple(tensor.shape), tensor.dtype, op)
@@ -176,8 +183,10 @@ class _Recorder:
         self.executions.append(execution)
         self.stack.append(execution)
 
-    def leave(self) -> None:
-        self.stack.pop().last = len(self.ops)
+    def leave(self, output: Any) -> None:
+        execution = self.stack.pop()
+        execution.last = len(self.ops)
+        execution.output = _template(output, self.node)
 
     @contextmanager
     def calling(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Call | None]:
@@ -223,6 +232,10 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):
             return func(*args, **keywords)
+        twin = opened(func)
+        if twin is not None:
+            with self:
+                return twin(*args, **keywords)
         with self.recorder.calling(name, args, keywords) as call:
             result = func(*args, **keywords)
             if call is not None:
@@ -236,8 +249,8 @@ def watch(module: nn.Module, inputs: Inputs) -> Trace:
     The module is left as it was: same mode, no hook, also after an exception.
     """
     recorder = _Recorder(module)
-    for tensor in _tensors(inputs):
-        recorder.input(tensor)
+    named = inputs if isinstance(inputs, Mapping) else {"": inputs}
+    arguments = {recorder.input(t): name for name, t in named.items() if isinstance(t, Tensor)}
     paths = {id(child): path for path, child in module.named_modules()}
     handles = []
     try:
@@ -246,13 +259,13 @@ def watch(module: nn.Module, inputs: Inputs) -> Trace:
             handles.append(
                 child.register_forward_pre_hook(lambda m, _: recorder.enter(paths[id(m)]), prepend=True)
             )
-            handles.append(child.register_forward_hook(lambda m, _, __: recorder.leave()))
+            handles.append(child.register_forward_hook(lambda m, _, output: recorder.leave(output)))
         with torch.no_grad(), eager_math(), _Dispatch(recorder), _Functions(recorder):
             output = invoke(module, inputs)
     finally:
         for handle in reversed(handles):
             handle.remove()
-    return Trace(recorder.nodes, recorder.ops, recorder.executions, recorder.node(output))
+    return Trace(recorder.nodes, recorder.ops, recorder.executions, recorder.node(output), arguments)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -20,9 +20,9 @@ from h5py import h5t
 from torch import Tensor
 
 from streamlens.errors import StorageError
+from streamlens.file_integrity import HEADER_DIGEST, header_digest
+from streamlens.file_layout import FORMAT, FORMAT_VERSION, PROOF_COLUMNS, Layout, human_bytes, n_bytes
 from streamlens.hdf5 import ALIGNMENT, create_dataset, file_type
-from streamlens.integrity import header_digest
-from streamlens.layout import FORMAT, FORMAT_VERSION, Layout, human_bytes, n_bytes
 
 Static = npt.NDArray[Any] | Tensor
 Attributes = Mapping[str, str | int | float]
@@ -47,7 +47,7 @@ def create_file(
         StorageError: there is not enough room; the message has both numbers.
         UsageError: a type that cannot be stored.
     """
-    fixed = {name: _as_bytes(value) for name, value in (static | _proof_tables(layout)).items()}
+    fixed = {name: _as_bytes(value) for name, value in {**static, **_proof_tables(layout)}.items()}
     # Hidden, and one name for all runs, so that a run killed right here leaves at most what the next one replaces.
     temporary = path.with_name("." + path.name)
     try:
@@ -92,7 +92,7 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 def byte_view(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _no_room(size: int, path: Path, error: OSError) -> StorageError:
@@ -117,7 +117,7 @@ def _estimate(
     fixed: Mapping[str, tuple[tuple[int, ...], h5t.TypeID, memoryview]],
 ) -> int:
     sizes = [n_bytes(item.shape(layout.n_tokens), item.dtype.itemsize) for item in layout.items]
-    sizes += [n_bytes(shape, np.dtype(kind).itemsize) for shape, kind in layout.columns_of_proof().values()]
+    sizes += [n_bytes(shape, np.dtype(PROOF_COLUMNS[key]).itemsize) for key, shape in layout.proof_shapes().items()]
     sizes += [len(data) for _, _, data in fixed.values()]
     texts = [str(value) for group in (attrs, *group_attrs.values()) for value in group.values()]
     return sum(sizes) + _METADATA_PER_DATASET * len(sizes) + _METADATA + 2 * sum(len(text.encode()) for text in texts)
@@ -140,8 +140,8 @@ def _describe(
         made = {name: create_dataset(file, name, shape, kind) for name, (shape, kind, _) in fixed.items()}
         for item in layout.items:
             create_dataset(file, item.name, item.shape(layout.n_tokens), file_type(item.dtype))
-        for name, (shape, kind) in layout.columns_of_proof().items():
-            create_dataset(file, f"/proof/{name}", shape, h5t.py_create(np.dtype(kind)))
+        for name, shape in layout.proof_shapes().items():
+            create_dataset(file, f"/proof/{name}", shape, h5t.py_create(np.dtype(PROOF_COLUMNS[name])))
         for name, values in group_attrs.items():
             file.require_group(name).attrs.update(values)
         hashes = {name: xxhash.xxh3_64_hexdigest(data) for name, (_, _, data) in fixed.items()}
@@ -149,10 +149,10 @@ def _describe(
             {
                 "identity": json.dumps(identity),
                 "static_hash": json.dumps(hashes),
-                "attributes_hash": header_digest(file),
                 "boot": boot_id(),
             }
         )
+        file["/proof"].attrs[HEADER_DIGEST] = header_digest(file)
         return {name: int(dataset.id.get_offset() or 0) for name, dataset in made.items()}
 
 

@@ -16,8 +16,11 @@ import numpy.typing as npt
 import xxhash
 
 from streamlens.errors import FormatError
+from streamlens.file_layout import FORMAT, FORMAT_VERSION, PARTIAL_SUFFIX, PROOF_COLUMNS, Item, Layout, seal
 from streamlens.hdf5 import Extent, extent, open_description
-from streamlens.layout import FORMAT, FORMAT_VERSION, PARTIAL_SUFFIX, PROOF_COLUMNS, Item, Layout
+
+HEADER_DIGEST = "attributes_hash"
+"""The attribute of /proof that keeps `header_digest`."""
 
 _CHUNK = 1 << 22
 
@@ -46,7 +49,7 @@ class Recorded:
     extents: Mapping[str, Extent]
     """Of every dataset in the file, by full path."""
     proof: Mapping[str, npt.NDArray[Any]]
-    """What commits have left so far: ``done``, ``hash``, ``exact``, ``worst``, ``where``."""
+    """What commits have left so far: ``done``, ``hash``, ``exact``, ``worst``, ``where``, ``seal``."""
     identity: Mapping[str, Any]
     boot: str
     """Which start of which machine laid the file out; empty where that cannot be told."""
@@ -105,16 +108,15 @@ def _items(names: Iterable[str], extents: Mapping[str, Extent], filename: str) -
 
 
 def header_digest(file: h5py.File) -> str:
-    """Return the hash of all attributes outside /proof: text of any length is not covered by HDF5's own checksums."""
+    """Return the hash of all attributes but the one that keeps it: HDF5's own checksums do not cover long text."""
     found: list[tuple[str, str, str]] = []
 
     def visit(name: str, node: h5py.Dataset | h5py.Group) -> None:
-        if not f"{name}/".startswith("proof/"):
-            found.extend((name, key, str(value)) for key, value in node.attrs.items())
+        found.extend((name, key, str(value)) for key, value in node.attrs.items() if key != HEADER_DIGEST)
 
     visit("", file)
     file.visititems(visit)
-    return xxhash.xxh3_64_hexdigest(json.dumps(sorted(found)))
+    return xxhash.xxh3_64_hexdigest(json.dumps(sorted(found)).encode())
 
 
 def digest(fd: int, offset: int, size: int) -> int | None:
@@ -129,12 +131,15 @@ def digest(fd: int, offset: int, size: int) -> int | None:
     return state.intdigest()
 
 
-def damaged_rows(fd: int, recorded: Recorded, block: int) -> Iterator[int]:
-    """Yield the hash columns of `block` whose bytes do not have the hash that was stored for them."""
-    for column in range(len(recorded.layout.columns)):
+def damage(fd: int, recorded: Recorded, block: int) -> Iterator[str]:
+    """Yield the name of each row of `block` that does not have its hash; ``/proof/seal`` for the proof itself."""
+    proof = recorded.proof
+    if seal(*(proof[key][block] for key in ("hash", "exact", "worst", "where"))) != int(proof["seal"][block]):
+        yield "/proof/seal"
+    for column, row_name in enumerate(recorded.layout.row_names):
         name, first, size = recorded.layout.span(column, block)
-        if digest(fd, recorded.extents[name].offset + first, size) != int(recorded.proof["hash"][block, column]):
-            yield column
+        if digest(fd, recorded.extents[name].offset + first, size) != int(proof["hash"][block, column]):
+            yield row_name
 
 
 def verify(path: str | Path) -> Iterator[Problem]:
@@ -153,7 +158,7 @@ def verify(path: str | Path) -> Iterator[Problem]:
     path = Path(path)
     with open_description(path) as file:
         recorded = read_recorded(file)
-        attributes_match = header_digest(file) == str(file["/proof"].attrs["attributes_hash"])
+        attributes_match = header_digest(file) == str(file["/proof"].attrs[HEADER_DIGEST])
         fixed: dict[str, str] = json.loads(file["/proof"].attrs["static_hash"])
     if not attributes_match:
         yield Problem(path, "attributes", None, "the attributes are not those that were written")
@@ -164,8 +169,7 @@ def verify(path: str | Path) -> Iterator[Problem]:
                 yield Problem(path, name, None, "its bytes are not those that were written")
         for block, (start, stop) in enumerate(recorded.layout.blocks):
             if recorded.proof["done"][block] == 1:
-                for column in damaged_rows(raw.fileno(), recorded, block):
-                    message = f"the bytes of tokens {start} to {stop} are not those that were written"
-                    yield Problem(path, recorded.layout.row_names[column], block, message)
+                for name in damage(raw.fileno(), recorded, block):
+                    yield Problem(path, name, block, f"tokens {start} to {stop} are not those that were written")
             elif path.suffix != PARTIAL_SUFFIX:
                 yield Problem(path, "/proof/done", block, f"tokens {start} to {stop} were never captured")

@@ -1,0 +1,151 @@
+"""Edit a forward pass: put another tensor in place of a write or a state, or start the pass at a given state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from streamlens.anatomy import Anatomy, Bypass, Point, Stream
+from streamlens.bypass import FLAT, STATE
+from streamlens.calling import check_inputs, invoke, without_cache
+from streamlens.errors import UsageError
+from streamlens.interception import Interception, Reaction
+
+Change = Callable[[Tensor], Tensor]
+"""From the tensor at a point, (doc, position, d_model) in the model's own layout, to what takes its place."""
+
+
+def edit(
+    module: nn.Module,
+    anatomy: Anatomy,
+    *,
+    writes: Mapping[int, Change] | None = None,
+    states: Mapping[int, Change] | None = None,
+    stream: str | None = None,
+) -> Interception:
+    """Return a context in which writes and states of a stream are changed. Edits compose by nesting.
+
+    A changed state is what all later sublayers read and what is carried on; a changed write is what is added.
+
+    Args:
+        module: the model.
+        anatomy: its anatomy.
+        writes: what to do with the write of a sublayer, by index.
+        states: what to do with state x_k, by k.
+        stream: name of the stream; by default the one that the head reads.
+
+    Raises:
+        UsageError: an index out of range, or x_0 where it is the model's own input.
+
+    Example:
+        >>> import torch
+        >>> from streamlens.discovery import discover
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        >>> x = torch.randn(2, 5, 8)
+        >>> nothing = {s: torch.zeros_like for s in range(4)}
+        >>> with torch.no_grad(), edit(model, discover(model, x), writes=nothing):
+        ...     torch.equal(model(x), x)
+        True
+    """
+    found = anatomy.stream(stream)
+    reactions: dict[Point, Reaction] = {}
+    for index, change in (writes or {}).items():
+        _check(index, len(found.sublayers), "sublayer", found)
+        sublayer = found.sublayers[index]
+        reactions[sublayer.write] = _signed(change, sublayer.sign)
+    for index, change in (states or {}).items():
+        _check(index, len(found.states), "state", found)
+        made = found.states[index].made
+        if made is None:
+            raise UsageError(f"state {index} of stream {found.name!r} is the model's own input: change it there")
+        reactions[made] = change
+    return Interception(module, anatomy, reactions)
+
+
+def run_from(
+    module: nn.Module, anatomy: Anatomy, index: int, state: Tensor, inputs: Any, *, stream: str | None = None
+) -> Tensor:
+    """Run the model from state x_index onwards; what came before it is passed over and costs nothing.
+
+    From the last state this is the head, exactly as the model applies it.
+
+    Args:
+        module: the model.
+        anatomy: its anatomy.
+        index: which state is given, 0 ... K.
+        state: (doc, position, d_model).
+        inputs: the arguments of forward, which still say what masks and positions to use.
+        stream: name of the stream; by default the one that the head reads.
+
+    Returns:
+        The model's main output: (doc, position, vocab) logits where it has them, in the model's own layout.
+
+    Raises:
+        UsageError: an index out of range.
+    """
+    found = anatomy.stream(stream)
+    _check(index, len(found.states), "state", found)
+    prepared = without_cache(module, check_inputs(inputs))
+    own = state.transpose(0, 1) if found.position_first else state
+    target = found.states[index]
+    if target.made is None:
+        return invoke(module, {**prepared, target.argument: own} if isinstance(prepared, Mapping) else own)
+    # Copies, because a model that adds in place would write into the caller's tensor. The state is put both where it
+    # is made and in place of what the bypassed modules return, since it may be made inside one of them.
+    change = {index: lambda old: own.reshape(old.shape).clone()}
+    with passing_over(module, found, index, own.clone()):
+        with edit(module, anatomy, states=change, stream=found.name):
+            return invoke(module, prepared)
+
+
+@contextmanager
+def passing_over(module: nn.Module, stream: Stream, index: int, filler: Tensor) -> Iterator[None]:
+    """Leave out, for as long as the context lasts, the module executions that a run from state `index` does not need."""
+    paths = dict(module.named_modules())
+    planned: dict[str, dict[int, Bypass]] = {}
+    for bypass in stream.bypasses:
+        if index >= bypass.state:
+            planned.setdefault(bypass.module, {})[bypass.visit] = bypass
+    with ExitStack() as stack:
+        for path, visits in planned.items():
+            stack.enter_context(_skipped(paths[path], visits, filler))
+        yield
+
+
+@contextmanager
+def _skipped(module: nn.Module, visits: Mapping[int, Bypass], filler: Tensor) -> Iterator[None]:
+    original, own = module.forward, module.__dict__.get("forward")
+    count = 0
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        bypass = visits.get(count)
+        count += 1
+        return original(*args, **kwargs) if bypass is None else _fill(bypass.output, filler)
+
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own  # type: ignore[method-assign]
+
+
+def _fill(template: Any, filler: Tensor) -> Any:
+    if template in (STATE, FLAT):
+        return filler if template == STATE else filler.reshape(-1, filler.shape[-1])
+    return tuple(_fill(t, filler) for t in template) if isinstance(template, tuple) else template
+
+
+def _signed(change: Change, sign: float) -> Change:
+    return change if sign == 1.0 else lambda tensor: change(tensor * sign) / sign
+
+
+def _check(index: int, count: int, what: str, stream: Stream) -> None:
+    if not 0 <= index < count:
+        raise UsageError(f"stream {stream.name!r} has {what}s 0 to {count - 1}, not {index}")
