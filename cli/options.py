@@ -42,12 +42,13 @@ class ModelOptions:
             CheckpointError: the file cannot be loaded.
             UnsafeFileError: the file would run code.
         """
+        if self.source is None and self.factory is None:
+            raise UsageError("no model is given: name a file or folder, or pass --model package.module:factory")
+
         import torch
 
         from streamlens.checkpoint import load
 
-        if self.source is None and self.factory is None:
-            raise UsageError("no model is given: name a file or folder, or pass --model package.module:factory")
         torch.manual_seed(self.seed)
         return load(
             self.source,

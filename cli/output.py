@@ -110,7 +110,8 @@ def _scalar(value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or isinstance(_scalar(value), (int, float))
+    value = _scalar(value)
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ No network, and no code from a file: only a factory that the user names, and pic
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import re
@@ -23,9 +24,8 @@ from streamlens.model import Model, Tokenizer, config_of, fingerprint, unwrapped
 from streamlens.nanogpt import NanoGPT, NanoGPTConfig, build_nanogpt
 from streamlens.packing import is_packed, unpack
 from streamlens.pickles import read_torch
-from streamlens.pretrained import build_pretrained, is_pretrained, load_gguf, weight_files
+from streamlens.pretrained import build_pretrained, load_gguf, tokenizer_in, weight_files
 from streamlens.sniff import FileKind, sniff
-from streamlens.tokenizers import tokenizer_in
 from streamlens.weights import assign_state, private_copies, read_safetensors, state_dict_of, strip_prefixes
 
 __all__ = ["Model", "Tokenizer", "fingerprint", "load"]
@@ -86,9 +86,7 @@ def load(
         raise UsageError("nothing to load: give a model file, a live module or a factory")
     path = Path(source).expanduser()
     module, description, tokenizer = _read(path, config, unsafe_pickle, cast_to)
-    # transformers models are in this dtype already; casting them again would also cast what they keep in float32.
-    again = None if is_pretrained(module) else cast_to
-    return wrap(module, str(source), description, tokenizer, dtype=again, device=device)
+    return wrap(module, str(source), description, tokenizer, device=device)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -101,12 +99,18 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _live(module: nn.Module, dtype: torch.dtype | None, device: str | torch.device | None, source: str = "") -> Model:
     inner = unwrapped(module)
+    if dtype is not None:
+        inner.to(dtype)
     source = source or f"{type(inner).__module__}.{type(inner).__qualname__}"
-    return wrap(inner, source, _description(inner), dtype=dtype, device=device)
+    return wrap(inner, source, _description(inner), device=device)
 
 
 def _description(module: nn.Module) -> dict[str, Any]:
-    return canonical(module) if is_pretrained(module) else config_of(module)
+    if isinstance(module, NanoGPT):
+        return dataclasses.asdict(module.config)
+    if hasattr(getattr(module, "config", None), "to_diff_dict"):
+        return canonical(module)
+    return config_of(module)
 
 
 def _read(path: Path, config: Config | None, unsafe_pickle: bool, dtype: torch.dtype | None) -> Parts:
@@ -130,7 +134,7 @@ def _read_torch_file(path: Path, config: Config | None, unsafe_pickle: bool, dty
     if is_packed(loaded):
         return unpack(loaded, where, dtype)
     if isinstance(loaded, nn.Module):
-        module = unwrapped(loaded)
+        module = unwrapped(loaded) if dtype is None else unwrapped(loaded).to(dtype)
         return module, _description(module), tokenizer_in(path.parent)
     state = state_dict_of(loaded, where)
     if config is None and isinstance(loaded, Mapping) and isinstance(loaded.get("model_args"), Mapping):
@@ -150,12 +154,13 @@ def _built(
             )
         config = folder / "config.json"
     elif not isinstance(config, Mapping):
-        folder = Path(config).expanduser() if Path(config).is_dir() else Path(config).expanduser().parent
+        given = Path(config).expanduser()
+        folder = given if given.is_dir() else given.parent
     settings = read_config(config)
     where = str(path)
     if NanoGPTConfig.describes(settings):
-        module = build_nanogpt(settings, state, where)
-        return module, config_of(module), tokenizer_in(folder)
+        module = build_nanogpt(settings, state, where, dtype=dtype)
+        return module, _description(module), tokenizer_in(folder)
     settings = cleaned(settings, where)
     return build_pretrained(settings, state, where, dtype=dtype), settings, tokenizer_in(folder)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from streamlens.errors import StorageError
 from streamlens.file_integrity import HEADER_DIGEST, header_digest
 from streamlens.file_layout import FORMAT, FORMAT_VERSION, PROOF_COLUMNS, Layout, human_bytes, n_bytes
-from streamlens.hdf5 import ALIGNMENT, create_dataset, file_type
+from streamlens.hdf5 import ALIGNMENT, create_dataset, file_type, require_group
 
 Static = npt.NDArray[Any] | Tensor
 Attributes = Mapping[str, str | int | float]
@@ -143,7 +143,7 @@ def _describe(
         for name, shape in layout.proof_shapes().items():
             create_dataset(file, f"/proof/{name}", shape, h5t.py_create(np.dtype(PROOF_COLUMNS[name])))
         for name, values in group_attrs.items():
-            file.require_group(name).attrs.update(values)
+            require_group(file, name).attrs.update(values)
         hashes = {name: xxhash.xxh3_64_hexdigest(data) for name, (_, _, data) in fixed.items()}
         file["/proof"].attrs.update(
             {
@@ -179,5 +179,6 @@ def _as_bytes(value: Static) -> tuple[tuple[int, ...], h5t.TypeID, memoryview]:
         tensor = value.detach().cpu().contiguous()
         return tuple(tensor.shape), file_type(tensor.dtype), byte_view(tensor)
     array = np.asarray(value, order="C")
+    kind = file_type(array.dtype)
     data = array.reshape(-1).view(np.uint8).data if math.prod(array.shape) else memoryview(b"")
-    return array.shape, file_type(array.dtype), data
+    return array.shape, kind, data

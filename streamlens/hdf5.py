@@ -79,16 +79,29 @@ def create_dataset(file: h5py.File, name: str, shape: Sequence[int], kind: h5t.T
     Early allocation gives it an offset before the file is closed; without a fill the file stays sparse until
     `posix_fallocate`, and a terabyte is laid out in milliseconds.
     """
-    group = file.require_group(name.rpartition("/")[0] or "/")
+    group = require_group(file, name.rpartition("/")[0])
     plan = h5p.create(h5p.DATASET_CREATE)
     plan.set_layout(h5d.CONTIGUOUS)
     plan.set_alloc_time(h5d.ALLOC_TIME_EARLY)
     plan.set_fill_time(h5d.FILL_TIME_NEVER)
+    plan.set_obj_track_times(False)
     space = h5s.create_simple(tuple(shape)) if len(shape) else h5s.create(h5s.SCALAR)
     created = h5py.Dataset(h5d.create(group.id, name.rpartition("/")[2].encode(), kind, space, plan))
     if torch_dtype(kind) is torch.bfloat16:
         created.attrs["dtype"] = "bfloat16"
     return created
+
+
+def require_group(file: h5py.File, name: str) -> h5py.Group:
+    """Return the group at the full path `name`, made without a time stamp, so that equal captures are equal files."""
+    group: h5py.Group = file["/"]
+    plan = h5p.create(h5p.GROUP_CREATE)
+    plan.set_obj_track_times(False)
+    for part in name.strip("/").split("/") if name.strip("/") else []:
+        if part not in group:
+            h5g.create(group.id, part.encode(), gcpl=plan)
+        group = group[part]
+    return group
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ _DROPPED = {
 }
 
 
-def read_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
     """Read a config from a JSON file, a folder with a config.json, or a dict.
 
     Raises:
@@ -57,7 +58,7 @@ def cleaned(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     >>> cleaned({"model_type": "llama", "_x": 1, "text_config": {"dtype": "float16", "n": 2}}, "config.json")
     {'model_type': 'llama', 'text_config': {'n': 2}}
     """
-    if "auto_map" in config:
+    if config.get("auto_map"):
         raise UnsafeFileError(
             f"{where}: auto_map names Python code that comes with the model ({config['auto_map']}), which is not run; "
             "build the model in Python and give it as a live module, or take auto_map out if transformers' own class "
@@ -68,14 +69,21 @@ def cleaned(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: the weights are quantised, which is not loaded: dequantise them, "
             "or build the model in Python and give it as a live module"
         )
-    kept = {key: value for key, value in config.items() if not str(key).startswith("_") and key not in _DROPPED}
-    kept.pop("quantization_config", None)
-    return {key: cleaned(value, where) if isinstance(value, Mapping) else value for key, value in kept.items()}
+    for value in config.values():
+        if isinstance(value, Mapping):
+            cleaned(value, where)
+    return _kept(config)
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _kept(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if not str(key).startswith("_") and key not in _DROPPED
+    }
 
 
 def canonical(module: Any) -> dict[str, Any]:
     """The config of a live transformers model, as JSON values, with the class that it belongs to."""
-    text = json.dumps(module.config.to_diff_dict(), default=str)
-    kept: dict[str, Any] = json.loads(text)
-    kept = {key: value for key, value in kept.items() if not key.startswith("_") and key not in _DROPPED}
-    return {**kept, "architectures": [type(module).__name__]}
+    plain: dict[str, Any] = json.loads(json.dumps(module.config.to_diff_dict(), default=str))
+    return {**_kept(plain), "architectures": [type(module).__name__]}

@@ -36,10 +36,18 @@ class Interception(TorchFunctionMode):
         module: the model that `anatomy` describes.
         anatomy: its anatomy.
         reactions: what to do at each point. Reactions at one call run in the given order.
+        settled: called after the reactions to a call's arguments, before the call itself may overwrite them.
     """
 
-    def __init__(self, module: nn.Module, anatomy: Anatomy, reactions: Mapping[Point, Reaction]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        anatomy: Anatomy,
+        reactions: Mapping[Point, Reaction],
+        settled: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__()
+        self._settled = settled
         self._module = module
         self._followed = anatomy.calls
         self._reactions: dict[Site, list[tuple[str, Reaction]]] = {}
@@ -140,4 +148,6 @@ class Interception(TorchFunctionMode):
                 args = (*args[: int(slot)], new, *args[int(slot) + 1 :])
             else:
                 kwargs = {**kwargs, slot: new}
+        if self._settled is not None:
+            self._settled()
         return args, kwargs

@@ -65,7 +65,7 @@ def position_limit(module: nn.Module, config: Mapping[str, Any]) -> int | None:
 
 
 def _stated_limits(module: nn.Module, config: Mapping[str, Any]) -> set[int]:
-    own = getattr(module, "config", None)
+    own: Any = getattr(module, "config", None)
     if hasattr(own, "get_text_config"):
         own = own.get_text_config()
     stated = {config.get(key) for key in _LIMIT_KEYS} | {getattr(own, key, None) for key in _LIMIT_KEYS}

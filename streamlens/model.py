@@ -64,8 +64,6 @@ def wrap(
     source: str,
     config: dict[str, Any],
     tokenizer: Tokenizer | None = None,
-    *,
-    dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Model:
     """Freeze a module, hash it, move it to its device and note its limits.
@@ -75,12 +73,9 @@ def wrap(
         source: where it came from.
         config: its hyperparameters as JSON values; part of the hash.
         tokenizer: the one that belongs to it.
-        dtype: cast to this floating dtype; None leaves every tensor as it is.
         device: move there; None leaves it where it is.
     """
     module.eval().requires_grad_(False)
-    if dtype is not None:
-        module.to(dtype)
     sha256 = fingerprint(module, config)
     if device is not None:
         module.to(device)
@@ -116,19 +111,15 @@ def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
             raise CheckpointError(f"'{name}' is on the meta device and has no values: load the weights first")
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for piece in _pieces(tensor.detach()):
-            digest.update(piece.view(torch.uint8).cpu().numpy())
+            digest.update(piece.view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     if tensor.is_contiguous():
-        yield from tensor.reshape(-1).split(max(1, _CHUNK_BYTES // tensor.itemsize))
-    elif tensor[0].nbytes >= _CHUNK_BYTES:
-        for row in tensor:
-            yield from _pieces(row)
-    else:
-        rows = max(1, _CHUNK_BYTES // max(1, tensor[0].nbytes))
-        for block in tensor.split(rows):
+        yield from torch.split(tensor.reshape(-1), _CHUNK_BYTES // tensor.itemsize)
+    else:  # row by row, because making a strided tensor contiguous copies it
+        for block in torch.split(tensor, max(1, _CHUNK_BYTES // tensor[0].nbytes)):
             yield block.reshape(-1)
 
 

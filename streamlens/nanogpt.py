@@ -152,8 +152,10 @@ class NanoGPT(nn.Module):
         return cast(Tensor, self.lm_head(self.transformer["ln_f"](x)))
 
 
-def build_nanogpt(args: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> NanoGPT:
-    """Make the model that `model_args` describe and give it its weights, each in the dtype it is stored in.
+def build_nanogpt(
+    args: Mapping[str, Any], state: Mapping[str, Tensor], where: str, *, dtype: torch.dtype | None = None
+) -> NanoGPT:
+    """Make the model that `model_args` describe and give it its weights, in `dtype` or the dtypes they are stored in.
 
     Raises:
         CheckpointError: config and weights disagree.
@@ -170,4 +172,4 @@ def build_nanogpt(args: Mapping[str, Any], state: Mapping[str, Tensor], where: s
     # nanoGPT without fused attention stores its causal mask, which is no weight.
     weights = {name: tensor for name, tensor in state.items() if not (name.endswith(".attn.bias") and tensor.ndim == 4)}
     assign_state(model, strip_prefixes(weights, model.state_dict()), where)
-    return model
+    return model if dtype is None else model.to(dtype)

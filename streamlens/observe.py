@@ -36,6 +36,9 @@ class Observer:
     def value_mix(self, stream: Stream, index: int, tensor: Tensor) -> None:
         """The heads' outputs of sublayer `index` side by side, about to be projected: (..., heads * d_head)."""
 
+    def settled(self) -> None:
+        """All tensors of one call have been received; the call itself, which may overwrite them, comes next."""
+
 
 def tokens(tensor: Tensor, stream: Stream, docs: int, positions: int) -> Tensor:
     """Bring a tensor of the stream into the layout (doc, position, width), whatever the model's own is.
@@ -75,7 +78,8 @@ def observing(module: nn.Module, anatomy: Anatomy, observer: Observer, *, mixes:
 
     for stream in anatomy.streams:
         _look_at(stream, observer, look, mixes)
-    return Interception(module, anatomy, {point: _in_turn(several) for point, several in reactions.items()})
+    joined = {point: _in_turn(several) for point, several in reactions.items()}
+    return Interception(module, anatomy, joined, observer.settled)
 
 
 def _look_at(

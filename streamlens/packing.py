@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from streamlens.model import Model, Tokenizer
 from streamlens.nanogpt import NanoGPT, build_nanogpt
 from streamlens.pretrained import build_pretrained, implementations_of, is_pretrained
 from streamlens.tokenizers import ByteTokenizer, JsonTokenizer
-from streamlens.weights import check_plain, memory_of, state_dict_of
+from streamlens.weights import check_plain, memory_of, private_copies, state_dict_of
 
 FORMAT = "streamlens-model"
 FORMAT_VERSION = 1
@@ -57,7 +58,7 @@ def pack(model: Model, out: str | os.PathLike[str]) -> Path:
 
 def _architecture(model: Model) -> dict[str, Any]:
     if isinstance(model.module, NanoGPT):
-        return {"kind": "nanogpt", "args": model.config}
+        return {"kind": "nanogpt", "args": dataclasses.asdict(model.module.config)}
     if is_pretrained(model.module):
         return {
             "kind": "transformers",
@@ -134,15 +135,16 @@ def unpack(
         )
     try:
         architecture, kind = loaded["architecture"], loaded["architecture"]["kind"]
-        state = state_dict_of(loaded["state_dict"], where)
+        state = private_copies(state_dict_of(loaded["state_dict"], where))
         tokenizer = _read_tokenizer(loaded["tokenizer"])
         if kind == "nanogpt":
-            config = architecture["args"]
-            module: nn.Module = build_nanogpt(config, state, where)
+            config = dict(architecture["args"])
+            module: nn.Module = build_nanogpt(config, state, where, dtype=dtype)
         elif kind == "transformers":
-            config = cleaned(architecture["config"], where) | {"architectures": [architecture["class"]]}
-            forms = architecture["implementations"]
-            module = build_pretrained(config, state, where, dtype=dtype, implementations=forms)
+            config = cleaned(architecture["config"], where)
+            named = {**config, "architectures": [architecture["class"]]}
+            forms = architecture.get("implementations", {})
+            module = build_pretrained(named, state, where, dtype=dtype, implementations=forms)
         else:
             raise CheckpointError(f"{where}: unknown architecture {kind!r}: update streamlens")
     except (KeyError, TypeError, AttributeError) as error:
@@ -153,7 +155,7 @@ def unpack(
 
 
 def _restore_dtypes(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """transformers casts all weights to one dtype; a model that was packed with several gets them back."""
+    """Undo the one cast of transformers: a model that was packed with several dtypes gets them back."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         if name in state and tensor.dtype != state[name].dtype:
             tensor.data = state[name]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from streamlens.errors import CheckpointError, UnsafeFileError
 from streamlens.hf_config import canonical
 from streamlens.model import Tokenizer
-from streamlens.tokenizers import from_hf
+from streamlens.tokenizers import JsonTokenizer, from_hf
 from streamlens.weights import disagreement, stored_dtype, strip_prefixes
 
 _INDEX = "model.safetensors.index.json"
@@ -34,6 +34,9 @@ _UNUSED_HEADS = {"cls", "pooler", "lm_head"}
 
 _ALLOWED_IMPLEMENTATIONS = {"attn": {"eager", "sdpa"}, "experts": {"eager", "batched_mm", "grouped_mm"}}
 """The arithmetic that a packed model may ask for: transformers takes any other word for the name of a hub kernel."""
+
+_VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+"""Files that transformers makes a tokenizer from where there is no tokenizer.json."""
 
 _log = logging.getLogger(__name__)
 
@@ -95,10 +98,11 @@ def _model_class(config: Mapping[str, Any], where: str) -> Any:
         raise CheckpointError(f'{where}: the config names no class: add "architectures", such as ["LlamaForCausalLM"]')
     transformers = _transformers()
     try:
-        found = getattr(transformers, names[0], None)
+        found: Any = getattr(transformers, names[0], None)
     except (ImportError, RuntimeError) as error:  # the class exists, and needs a package that is missing
         raise CheckpointError(f"{where}: {names[0]} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)) or not found.config_class:
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not is_model or not found.config_class:
         raise CheckpointError(
             f"{where}: transformers {transformers.__version__} has no model class {names[0]}: "
             "install a newer one, or build the model with --model package.module:factory"
@@ -195,24 +199,33 @@ def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[nn.Module, dict[st
             _log.warning("%s: the tokenizer in it cannot be read: %s", path, error)
             tokenizer = None
     _check_loaded(info, str(path))
-    config = canonical(model)
-    config.pop("quantization_config", None)
-    return model, config, tokenizer
+    if hasattr(model.config, "quantization_config"):  # a note about the file: the weights are not quantised any more
+        del model.config.quantization_config
+    return model, canonical(model), tokenizer
 
 
-def read_hf_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder without a tokenizer.json, by transformers.
+def tokenizer_in(folder: Path) -> Tokenizer | None:
+    """The tokenizer whose files lie in a folder, or None.
 
     Raises:
-        CheckpointError: transformers cannot read it, or would have to run code that lies beside it.
+        CheckpointError: the files are there, but make no tokenizer, or one that needs the code that lies beside them.
     """
-    with quiet_and_offline():
+    name, file = folder.resolve().name, folder / "tokenizer.json"
+    if file.is_file():
         try:
-            return _transformers().AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
+            return JsonTokenizer(file.read_text(encoding="utf-8"), name)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    is_model_folder = (folder / "config.json").is_file()
+    if not is_model_folder or not any((folder / vocabulary).is_file() for vocabulary in _VOCABULARIES):
+        return None
+    with quiet_and_offline():
+        auto = _transformers().AutoTokenizer
+        try:
+            found = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises whatever its tokenizer code raises
             raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    return from_hf(found, name)
 
 
 def _transformers() -> Any:
@@ -229,8 +242,8 @@ def _named(model_class: Any) -> str:
 @contextlib.contextmanager
 def quiet_and_offline() -> Iterator[None]:
     """Nothing is fetched and nothing is printed while a model loads; before and after, the settings are the user's."""
-    hub = importlib.import_module("huggingface_hub.constants") if _transformers() else None
-    chatter = importlib.import_module("transformers.utils.logging")
+    chatter: Any = _transformers().logging
+    hub: Any = importlib.import_module("huggingface_hub.constants")
     offline, verbosity = hub.HF_HUB_OFFLINE, chatter.get_verbosity()
     variable = os.environ.get("HF_HUB_OFFLINE")
     hub.HF_HUB_OFFLINE = True  # read at import, so the variable alone would come too late

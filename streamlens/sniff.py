@@ -25,8 +25,7 @@ class FileKind(Enum):
 
 _NOT_A_MODEL = {
     b"version https://git-lfs": "is a Git LFS pointer and not the weights: run `git lfs pull` in its folder",
-    b"\x89HDF\r\n\x1a\n": "is an HDF5 file: `streamlens inspect` and `streamlens verify` read captures; a model in HDF5 "
-    "has to be built in Python and given as a live module",
+    b"\x89HDF\r\n\x1a\n": "is an HDF5 file and not a model: `streamlens inspect` and `streamlens verify` read captures",
     b"\x93NUMPY": "is a numpy array and not a model: token ids are given with --tokens",
     b"\x1f\x8b": "is a compressed archive: unpack it and give what is inside",
     b"PK\x05\x06": "is an empty zip archive: save the model again",

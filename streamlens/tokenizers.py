@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, cast
 
 from streamlens.errors import CheckpointError
 from streamlens.model import Tokenizer
-
-_HF_VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
 
 
 class ByteTokenizer:
@@ -94,28 +91,7 @@ class HFTokenizer:
 
 def from_hf(tokenizer: Any, name: str) -> Tokenizer:
     """Adapt a Hugging Face tokenizer: as its `tokenizer.json` where it has one, else as it is."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if hasattr(backend, "to_str"):
         return JsonTokenizer(backend.to_str(), name)
     return HFTokenizer(tokenizer, name)
-
-
-def tokenizer_in(folder: Path) -> Tokenizer | None:
-    """The tokenizer whose files lie in a folder, or None.
-
-    Raises:
-        CheckpointError: the files are there but make no tokenizer.
-    """
-    file = folder / "tokenizer.json"
-    name = folder.resolve().name
-    if file.is_file():
-        try:
-            return JsonTokenizer(file.read_text(encoding="utf-8"), name)
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-    is_hf = (folder / "config.json").is_file()
-    if is_hf and any((folder / vocabulary).is_file() for vocabulary in _HF_VOCABULARIES):
-        from streamlens.pretrained import read_hf_tokenizer
-
-        return from_hf(read_hf_tokenizer(folder), name)
-    return None

@@ -206,14 +206,16 @@ class Transfer:
             self._side[source.device] = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]  # torch's own
         side = self._side[source.device]
         ready, copied = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+        # A copy on the device, in the order of the computation: the model may add to this very tensor in place before
+        # the slow copy off the device has read it. The cast is done here too, so that only what is stored crosses over.
+        staged = source.to(data.dtype, copy=True, memory_format=torch.contiguous_format)
         ready.record(compute)
         side.wait_event(ready)
         with torch.cuda.stream(side):
-            # Cast on the device, so that what crosses the bus is what is stored.
-            data.copy_(source.to(data.dtype).contiguous(), non_blocking=True)
+            data.copy_(staged, non_blocking=True)
             copied.record(side)
-        # Otherwise the allocator could hand the memory to the next operation before the copy has read it.
-        source.record_stream(side)
+        # Otherwise the allocator could give the memory of `staged` to the next operation while it is still being read.
+        staged.record_stream(side)
         return copied
 
     def _work(self) -> None:

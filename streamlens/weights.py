@@ -151,8 +151,8 @@ def disagreement(
         unexpected: names that the weights have and the model lacks.
         shapes: name, shape in the weights, shape in the model.
 
-    >>> print(disagreement("x.pt", ["a"], [], [("b", (3, 2), (4, 2))]))
-    x.pt: config and weights disagree: 1 missing from the weights ('a'); 'b' is (3, 2) in the weights, (4, 2) in the model
+    >>> print(disagreement("x.pt", [], [], [("b", (3, 2), (4, 2))]))
+    x.pt: config and weights disagree: 'b' is (3, 2) in the weights, (4, 2) in the model
     """
     facts = [
         f"{len(names)} {text} ({_listed(names)})"

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -17,7 +18,7 @@ from streamlens import errors
 from streamlens.cli.app import COMMANDS, LazyCommand, main
 from streamlens.cli.options import CorpusOptions, ModelOptions, corpus_options, model_options, output_options
 from streamlens.cli.output import human, human_bytes, human_count, print_notes, print_rows, table
-from streamlens.cli.progress import Progress
+from streamlens.progress import Progress
 
 # ---- the group ----------------------------------------------------------------------------------------------------
 
@@ -40,7 +41,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "failing_command", raising=False)
     for name, resumes in (("fail", False), ("fail-resumable", True)):
-        monkeypatch.setitem(COMMANDS, name, LazyCommand("failing_command:command", "Fails.", resumes))  # type: ignore[misc]
+        monkeypatch.setitem(COMMANDS, name, LazyCommand("failing_command:command", "Fails.", resumes))
     return "fail"
 
 
@@ -97,8 +98,7 @@ def test_every_command_has_help_that_ends_in_an_example(name: str) -> None:
     command = COMMANDS[name].load()
     result = CliRunner().invoke(main, [name, "-h"])
     assert result.exit_code == 0
-    assert command.help is not None
-    assert f"Example:\n  streamlens {name} " in command.help.replace("\b\n", "")
+    assert f"Example:\n    streamlens {name} " in result.stdout
     for option in command.params:
         if isinstance(option, click.Option):
             assert option.help, f"{name} {option.opts[0]} has no help"
@@ -231,13 +231,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def ticking(*times: float) -> object:
+def ticking(*times: float) -> Callable[[], float]:
+    """A clock that shows these times, one after another."""
     return iter(times).__next__
 
 
 def test_where_nobody_watches_there_is_a_line_at_either_end() -> None:
     stream = io.StringIO()
-    with Progress(2048, "capture", stream=stream, clock=ticking(10.0, 14.0)) as progress:  # type: ignore[arg-type]
+    with Progress(2048, "capture", stream=stream, clock=ticking(10.0, 14.0)) as progress:
         progress.update(1024, 3_000_000)
         progress.update(1024, 5_000_000)
     assert stream.getvalue() == (
@@ -247,10 +248,15 @@ def test_where_nobody_watches_there_is_a_line_at_either_end() -> None:
 
 def test_a_run_that_stops_says_where_and_counts_only_its_own_tokens() -> None:
     stream = io.StringIO()
-    progress = Progress(100, "capture", done_tokens=40, stream=stream, clock=ticking(0.0, 2.0))  # type: ignore[arg-type]
-    with pytest.raises(KeyboardInterrupt), progress:
-        progress.update(20, 1000)
-        raise KeyboardInterrupt
+    progress = Progress(100, "capture", done_tokens=40, stream=stream, clock=ticking(0.0, 2.0))
+
+    def run() -> None:
+        with progress:
+            progress.update(20, 1000)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert stream.getvalue() == (
         "capture: 100 tokens, 40 of them done before\n"
         "capture: stopped after 60 of 100 tokens: 20 tokens, 1.0 kB in 2.0 s (10 tokens/s, 500 B/s)\n"
@@ -259,8 +265,9 @@ def test_a_run_that_stops_says_where_and_counts_only_its_own_tokens() -> None:
 
 def test_on_a_terminal_there_is_a_bar() -> None:
     stream = Terminal()
-    with Progress(2000, "capture", stream=stream) as progress:
-        progress.update(2000, 1_000_000)
+    with Progress(2000, "capture", done_tokens=500, stream=stream) as progress:
+        progress.update(1500, 1_000_000)
+    assert "capture:  25%" in stream.getvalue()
     assert "capture: 100%" in stream.getvalue()
     assert "2.00k/2.00k" in stream.getvalue()
     assert "B/s" in stream.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,6 +179,14 @@ def test_what_was_left_out_is_said() -> None:
     assert capped.notes == ("took one whole window of 4 tokens, more than the 3 asked for",)
 
 
+def test_documents_too_short_for_any_window_are_kept_whole_and_it_is_said() -> None:
+    windows = windows_from_ids([[1] * 5, [2] * 3, [3] * 4], max_tokens=8)
+    assert as_list(windows) == [(1, [2] * 3), (0, [1] * 5)]
+    assert windows.notes == (
+        "no document fills a window of 256 tokens (the longest has 5): documents are kept whole",
+    )  # fmt: skip
+
+
 def test_max_tokens_reads_no_more_documents_than_it_needs() -> None:
     read = []
 
@@ -216,14 +225,17 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
     assert windows_from_ids([0, 9], vocab_size=10).n_tokens == 2
     with pytest.raises(CorpusError, match=r"id 50,256, .* vocabulary has 10 entries: .* belongs to another model"):
         windows_from_ids([0, 50256], vocab_size=10)
+    with pytest.raises(CorpusError, match=r"id 10, .* vocabulary has 10 entries"):
+        windows_from_ids([0, 10], vocab_size=10)
     with pytest.raises(CorpusError, match=r"id -100: ids start at 0"):
         windows_from_ids([0, -100])
 
 
-@pytest.mark.parametrize(("asked", "error"), [({"window": 1}, CorpusError), ({"max_tokens": 0}, UsageError)])
-def test_impossible_requests_are_refused(asked: dict[str, int], error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"choose a window of 2|at least 1 token"):
-        windows_from_ids([1, 2, 3], **asked)
+def test_impossible_requests_are_refused() -> None:
+    with pytest.raises(CorpusError, match=r"window of 1 is too short: choose a window of 2"):
+        windows_from_ids([1, 2, 3], window=1)
+    with pytest.raises(UsageError, match=r"max_tokens is 0: a corpus needs at least 1 token"):
+        windows_from_ids([1, 2, 3], max_tokens=0)
 
 
 def test_the_hash_covers_every_column() -> None:
@@ -322,9 +334,22 @@ def test_ids_from_files(tmp_path: Path) -> None:
 
 def test_a_file_of_ids_is_mapped_not_read(tmp_path: Path) -> None:
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "big.bin")
-    (document,) = load_ids(tmp_path / "big.bin")
-    assert isinstance(document, np.memmap)
-    assert windows_from_ids([document], window=4, max_tokens=8).ids.tolist() == list(range(8))
+    np.save(tmp_path / "big.npy", np.arange(1000))
+    for name in ("big.bin", "big.npy"):
+        (document,) = load_ids(tmp_path / name)
+        assert isinstance(document, np.memmap)
+        assert windows_from_ids([document], window=4, max_tokens=8).ids.tolist() == list(range(8))
+
+
+def test_a_pickle_that_poses_as_ids_is_not_run(tmp_path: Path) -> None:
+    class Planted:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "ran",)
+
+    (tmp_path / "ids.npy").write_bytes(pickle.dumps(Planted()))
+    with pytest.raises(CorpusError, match=r"ids\.npy: not a \.npy file"):
+        load_ids(tmp_path / "ids.npy")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

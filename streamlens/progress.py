@@ -10,7 +10,7 @@ from typing import Self, TextIO
 
 from tqdm import tqdm
 
-from streamlens.cli.output import human_bytes
+from streamlens.file_layout import human_bytes
 
 
 class Progress:
@@ -30,12 +30,14 @@ class Progress:
         label: str,
         *,
         done_tokens: int = 0,
+        enabled: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args: tokens in all; the word in front of the bar; tokens done by an earlier run; where to write; a clock."""
+        """Args: tokens in all; the word in front of the bar; tokens done by an earlier run; whether to show anything; where; a clock."""
         self.total_tokens = total_tokens
         self.label = label
+        self.enabled = enabled
         self.tokens = done_tokens
         self.n_bytes = 0
         self._resumed_from = done_tokens
@@ -46,7 +48,7 @@ class Progress:
     def __enter__(self) -> Self:
         """Start the clock and show the bar, or the first line."""
         self._started = self._clock()
-        if self._stream.isatty() or "ipykernel" in sys.modules:
+        if self.enabled and (self._stream.isatty() or "ipykernel" in sys.modules):
             self._bar = tqdm(
                 total=self.total_tokens,
                 initial=self.tokens,
@@ -66,7 +68,7 @@ class Progress:
         self.tokens += tokens
         self.n_bytes += n_bytes
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{human_bytes(self.n_bytes / self._seconds())}/s", refresh=False)
+            self._bar.set_postfix_str(f"{human_bytes(int(self.n_bytes / self._seconds()))}/s", refresh=False)
             self._bar.update(tokens)
 
     def __exit__(
@@ -80,11 +82,13 @@ class Progress:
         done = self.tokens - self._resumed_from
         self._line(
             f"{outcome}: {done:,} tokens, {human_bytes(self.n_bytes)} in {seconds:.1f} s "
-            f"({done / seconds:,.0f} tokens/s, {human_bytes(self.n_bytes / seconds)}/s)"
+            f"({done / seconds:,.0f} tokens/s, {human_bytes(int(self.n_bytes / seconds))}/s)"
         )
 
     def _seconds(self) -> float:
         return max(self._clock() - self._started, 1e-9)
 
     def _line(self, text: str) -> None:
+        if not self.enabled:
+            return
         print(f"{self.label}: {text}", file=self._stream, flush=True)

@@ -1,0 +1,62 @@
+"""streamlens: what every attention and MLP sublayer reads from and writes into the residual stream, and the proof.
+
+    import streamlens as sl
+
+    capture = sl.capture("model.pt", out="run.h5")     # run, record, prove
+    capture = sl.open("run.h5")                        # lazy: slicing costs what is sliced
+    capture.write("3_mlp_out")                         # (token, d_model)
+    anatomy = sl.discover(module, inputs)              # the streams of any transformer
+
+Nothing is imported before it is used, so that ``import streamlens`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from streamlens.anatomy import Anatomy as Anatomy
+    from streamlens.capturing import capture as capture
+    from streamlens.checkpoint import load as load
+    from streamlens.discovery import discover as discover
+    from streamlens.edits import edit as edit
+    from streamlens.edits import run_from as run_from
+    from streamlens.model import Model as Model
+    from streamlens.observe import observe as observe
+    from streamlens.packing import pack as pack
+    from streamlens.reader import Capture as Capture
+    from streamlens.reader import open_capture as open
+    from streamlens.verifying import verify as verify
+
+_HOMES = {
+    "Anatomy": ("streamlens.anatomy", "Anatomy"),
+    "Capture": ("streamlens.reader", "Capture"),
+    "Model": ("streamlens.model", "Model"),
+    "capture": ("streamlens.capturing", "capture"),
+    "discover": ("streamlens.discovery", "discover"),
+    "edit": ("streamlens.edits", "edit"),
+    "load": ("streamlens.checkpoint", "load"),
+    "observe": ("streamlens.observe", "observe"),
+    "open": ("streamlens.reader", "open_capture"),
+    "pack": ("streamlens.packing", "pack"),
+    "run_from": ("streamlens.edits", "run_from"),
+    "verify": ("streamlens.verifying", "verify"),
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'streamlens' has no attribute {name!r}; it has {', '.join(__all__)}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

@@ -1,0 +1,190 @@
+"""The proof that a stream adds up: each state is computed again from the one before it and the writes between them.
+
+The replay uses the model's own order of additions, association, dtype and norms, so equality is asked for bit for
+bit. Where a model's arithmetic makes that impossible (a fused addition, say), the relative L2 error of the state
+decides, against `bound`; never a cosine, which cannot see a wrong factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamlens.anatomy import Norm, Stream
+from streamlens.errors import ProofError
+from streamlens.replay import last, run
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bound(dtype: torch.dtype) -> float:
+    """Return the relative L2 error up to which a state that is not bit-equal still passes: two roundings.
+
+    >>> bound(torch.float32)
+    2.384185791015625e-07
+    """
+    return 2.0 * torch.finfo(dtype).eps
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two tensors hold the same bits (a NaN equals itself, 0.0 does not equal -0.0)."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    bits = _BITS[first.dtype.itemsize]
+    return torch.equal(first.contiguous().view(bits), second.contiguous().view(bits))
+
+
+@dataclass
+class Verdict:
+    """The outcome of the proof over some tokens."""
+
+    exact: bool = True
+    worst: float = 0.0
+    """Largest relative L2 error of a replayed state; NaN in the stream counts as infinite where bits differ."""
+    stream: str = ""
+    state: int = -1
+    """Where the largest error was: the state that was not reproduced."""
+
+    def note(self, stream: Stream, state: int, replayed: Tensor, seen: Tensor) -> None:
+        """Take one more state into account."""
+        replayed = replayed.reshape(seen.shape)
+        if same_bits(replayed, seen):
+            return
+        self.exact = False
+        error = relative_error(replayed, seen)
+        if error >= self.worst:
+            self.worst, self.stream, self.state = error, stream.name, state
+
+    def fail(self, stream: Stream, state: int) -> None:
+        """Record a state that could not be replayed at all, because something that goes into it was never seen."""
+        self.exact, self.worst = False, float("inf")
+        self.stream, self.state = stream.name, state
+
+    def demand(self, stream: Stream, dtype: torch.dtype) -> None:
+        """Accept, or refuse with the place where it fails.
+
+        Raises:
+            ProofError: the error is above the bound of the dtype.
+        """
+        if self.worst <= bound(dtype):
+            return
+        raise ProofError(
+            f"the writes do not add up: {place(stream, self.state)} differs from its replay by {self.worst:.3g} "
+            f"(relative L2; {bound(dtype):.3g} is allowed in {str(dtype).removeprefix('torch.')}). Something "
+            "between the additions changes the stream without being seen. --allow-unproven captures it all the same "
+            "and marks the file."
+        )
+
+
+def place(stream: Stream, state: int) -> str:
+    """Name a state by the writes before it."""
+    if state == 0:
+        return f"x_0 of stream {stream.name!r} (the sum of {', '.join(p.label for p in stream.parts)})"
+    labels = [stream.sublayers[s].label for s in stream.steps[state - 1].sublayers]
+    return f"x_{state} of stream {stream.name!r} (after {' and '.join(labels)})"
+
+
+def relative_error(replayed: Tensor, seen: Tensor) -> float:
+    """Return ||replayed - seen|| / ||seen||, in float64; infinite where it is not a number."""
+    truth = seen.double()
+    error = float((replayed.double() - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return error if error == error else float("inf")
+
+
+class Replay:
+    """Follows one stream through one forward pass and predicts each state just before the model computes it.
+
+    Predictions are made while the tensors that go into them are still intact, so that additions in place are proved
+    like any other. Nothing but one predicted state is kept.
+    """
+
+    def __init__(self, stream: Stream, parameters: Mapping[str, Tensor], verdict: Verdict) -> None:
+        self.stream = stream
+        self._parameters = parameters
+        self._verdict = verdict
+        self._parts: dict[int, Tensor] = {}
+        self._writes: dict[int, Tensor] = {}
+        self._state: Tensor | None = None
+        self._step = 0 if stream.parts[0].point is None else -1  # -1 while the embedding parts are awaited
+        self._predicted: Tensor | None = None
+        self.norm_inputs: dict[int, Tensor] = {}
+        """By index in the stream's norms: what each norm on the stream normalised, filled as the pass goes on."""
+
+    def part(self, index: int, tensor: Tensor) -> None:
+        """Take an embedding part."""
+        self._parts[index] = tensor
+
+    def write(self, index: int, tensor: Tensor) -> None:
+        """Take a write."""
+        self._writes[index] = tensor
+
+    def state(self, index: int, tensor: Tensor) -> None:
+        """Take a state as the model uses it, and compare it with what was predicted."""
+        if index > 0 or self.stream.parts[0].point is not None:
+            if self._predicted is None:
+                self._verdict.fail(self.stream, index)
+            else:
+                self._verdict.note(self.stream, index, self._predicted, tensor)
+        self._predicted = None
+        self._state, self._step = tensor, index
+        if index == len(self.stream.steps):
+            self._keep_norm_input(None, {"@state": tensor})
+
+    def settled(self) -> None:
+        """Predict the next state if all that goes into it has come; else keep copies of what has come so far."""
+        if self._predicted is None and self._step < 0 and len(self._parts) == len(self.stream.parts):
+            self._predict_first()
+        elif self._predicted is None and self._state is not None and self._whole():
+            self._predict_next(self._state)
+        else:
+            self._parts = {i: p.clone() for i, p in self._parts.items()}
+            self._writes = {s: w.clone() for s, w in self._writes.items()}
+            self._state = None if self._state is None else self._state.clone()
+
+    def _whole(self) -> bool:
+        if self._step >= len(self.stream.steps):
+            return False
+        return all(s in self._writes for s in self.stream.steps[self._step].sublayers)
+
+    def _predict_next(self, state: Tensor) -> None:
+        step = self.stream.steps[self._step]
+        values = {"@state": state, **{f"@write:{s}": self._writes[s] for s in step.sublayers}}
+        known = run(step.instructions, values, self._parameters)
+        self._predicted = known[last(step.instructions, "@state")]
+        self._keep_norm_input(self._step + 1, known)
+        self._writes.clear()
+        self._state = None
+
+    def _predict_first(self) -> None:
+        values = {f"@part:{i}": part for i, part in self._parts.items()}
+        known = run(self.stream.embedding, values, self._parameters)
+        self._predicted = known[last(self.stream.embedding, "@part:0")]
+        self._keep_norm_input(0, known)
+        self._parts.clear()
+
+    def _keep_norm_input(self, state: int | None, known: Mapping[str, Tensor]) -> None:
+        for index, norm in enumerate(self.stream.norms):
+            if norm.state == state:
+                self.norm_inputs[index] = known[norm.input]
+
+
+def norm_statistics(norm: Norm, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the reciprocal standard deviation with which a norm treats each token.
+
+    Args:
+        norm: which norm.
+        tensor: (..., d_model) what it normalises.
+
+    Returns:
+        mean and rstd, each (...) float32; the mean of an RMS norm is 0. The variance is the biased one, and epsilon
+        stands inside the root, as in the models.
+    """
+    wide = tensor.float()
+    if norm.form == "rms_norm":
+        rstd = torch.rsqrt(wide.square().mean(-1) + norm.epsilon)
+        return torch.zeros_like(rstd), rstd
+    variance, mean = torch.var_mean(wide, dim=-1, correction=0)
+    return mean, torch.rsqrt(variance + norm.epsilon)
