@@ -13,8 +13,8 @@ import click
 from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
-    from streamlens.checkpoint import Model
     from streamlens.corpus import Windows
+    from streamlens.model import Model
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -55,7 +55,7 @@ class ModelOptions:
             config=self.config,
             factory=self.factory,
             unsafe_pickle=self.unsafe_pickle,
-            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            dtype=self.dtype,
             device=self.device,
         )
 
@@ -81,22 +81,17 @@ class CorpusOptions:
             CorpusError: text or ids that cannot be used with this model.
         """
         from streamlens.corpus import windows_for
-        from streamlens.documents import jsonl_documents, load_ids, text_documents
+        from streamlens.documents import jsonl_documents
 
         if sum(map(bool, (self.text, self.jsonl, self.tokens))) > 1:
             raise UsageError("--text, --jsonl and --tokens exclude each other: pass one of them")
-        documents = ids = description = None
-        if self.text:
-            documents, description = text_documents(self.text), ", ".join(map(str, self.text))
-        elif self.jsonl:
-            documents, description = jsonl_documents(self.jsonl, text_key=self.text_key), str(self.jsonl)
-        elif self.tokens:
-            ids, description = load_ids(self.tokens), str(self.tokens)
+        named = self.jsonl or self.tokens or ", ".join(map(str, self.text))
+        documents = jsonl_documents(self.jsonl, text_key=self.text_key) if self.jsonl else self.text
         return windows_for(
             model,
-            documents=documents,
-            ids=ids,
-            description=description,
+            documents=documents or None,
+            ids=self.tokens,
+            description=str(named),
             window=self.window,
             max_tokens=self.max_tokens,
             ragged=self.ragged,
@@ -164,7 +159,7 @@ def corpus_options(command: Command) -> Command:
         click.option("--ragged", is_flag=True, help="Keep every document whole instead of cutting equal windows."),
         click.option("--max-tokens", type=click.IntRange(min=1), help="Take the first windows up to so many tokens."),
         click.option(
-            "--batch-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens run at once."
+            "--batch-tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens run at once."
         ),
     )(command)
 

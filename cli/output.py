@@ -22,7 +22,8 @@ def print_rows(command: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool
         payload = {"schema": SCHEMA, "command": command, "rows": [_plain(dict(row)) for row in rows]}
         click.echo(json.dumps(payload, allow_nan=False))
     elif rows:
-        click.echo(table(rows))
+        heading, lines = table(rows).split("\n", 1)
+        click.echo(f"{bold(heading)}\n{lines}")
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -51,7 +52,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         return _GAP.join(padded).rstrip()
 
-    return "\n".join([bold(line(columns)), *map(line, cells)])
+    return "\n".join([line(columns), *map(line, cells)])
 
 
 def human(value: Any) -> str:
@@ -73,35 +74,26 @@ def human(value: Any) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
-def human_bytes(n: float) -> str:
-    """A size in decimal units, as disks are sold.
-
-    >>> human_bytes(999), human_bytes(98_362_432)
-    ('999 B', '98.4 MB')
-    """
-    return _scaled(n, ["B", "kB", "MB", "GB", "TB", "PB"])
-
-
 def human_count(n: float) -> str:
     """A large number with a short suffix.
 
     >>> human_count(999), human_count(134_515_008)
     ('999', '134.5 M')
     """
-    return _scaled(n, ["", "k", "M", "G", "T"]).rstrip()
+    units = ["k", "M", "G", "T"]
+    if n < 1000:
+        return f"{n:.0f}"
+    n /= 1000
+    # 999.95 would be rounded to 1000.0 of the smaller unit.
+    while n >= 999.95 and len(units) > 1:
+        n /= 1000
+        units.pop(0)
+    return f"{n:.1f} {units[0]}"
 
 
 def bold(text: str) -> str:
     """Bold where stdout is a terminal and the user has not set NO_COLOR (click strips the code elsewhere)."""
     return text if os.environ.get("NO_COLOR") else click.style(text, bold=True)
-
-
-def _scaled(n: float, units: Sequence[str]) -> str:
-    power = 0
-    # 999.95 would be rounded to 1000.0 of the smaller unit.
-    while abs(n) >= (1000 if power == 0 else 999.95) and power < len(units) - 1:
-        n, power = n / 1000, power + 1
-    return f"{n:.0f} {units[0]}" if power == 0 else f"{n:.1f} {units[power]}"
 
 
 def _scalar(value: Any) -> Any:

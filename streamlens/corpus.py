@@ -20,15 +20,17 @@ from numpy.typing import NDArray
 from streamlens.documents import (
     BUILTIN_TEXT,
     IntArray,
+    Text,
     builtin_documents,
     checked_text,
     id_documents,
     random_tokens,
+    read_documents,
 )
 from streamlens.errors import CorpusError, UsageError
 
 if TYPE_CHECKING:
-    from streamlens.checkpoint import Model, Tokenizer
+    from streamlens.model import Model, Tokenizer
 
 DEFAULT_WINDOW = 256
 """Tokens per window when the user names none; a model with a lower limit gets its limit."""
@@ -215,7 +217,7 @@ def windows_from_ids(
 def windows_for(
     model: Model,
     *,
-    documents: str | Iterable[str] | None = None,
+    documents: Text | None = None,
     ids: Any = None,
     description: str | None = None,
     window: int | None = None,
@@ -225,8 +227,9 @@ def windows_for(
 ) -> Windows:
     """Windows that fit a model: of a text, of token ids, or of what there is when neither is given.
 
-    With neither, the built-in English text is used, or seeded random tokens for a model without a tokenizer, up to
-    DEFAULT_MAX_TOKENS; the notes say so.
+    A string is a document as it stands; a `Path` is read (`text_documents`, `load_ids`). With neither, the built-in
+    English text is used, or seeded random tokens for a model without a tokenizer, up to DEFAULT_MAX_TOKENS; the notes
+    say so.
 
     Raises:
         UsageError: both a text and ids; a text for a model without a tokenizer; a model that takes no token ids.
@@ -249,7 +252,7 @@ def windows_for(
         raise UsageError("both a text and token ids are given: choose one of them")
     if model.tokenizer is None:
         raise UsageError(f"{model.source} has no tokenizer, so text cannot be encoded for it: pass token ids")
-    return _windows(_encoded(documents, model.tokenizer), plan, description or "text", notes)
+    return _windows(_encoded(read_documents(documents), model.tokenizer), plan, description or "text", notes)
 
 
 @dataclass(frozen=True)

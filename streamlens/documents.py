@@ -27,6 +27,9 @@ BUILTIN_TEXT = f"built-in English text (the topics of Python {sys.version_info[0
 
 STDIN = Path("-")
 
+Text = str | Path | Iterable[str | Path]
+"""Documents: a string is one as it stands, a `Path` stands for what lies there."""
+
 _OTHER_READERS = {".jsonl": "--jsonl", ".npy": "--tokens", ".bin": "--tokens"}
 
 
@@ -38,6 +41,24 @@ def builtin_documents() -> list[str]:
     """
     topics: dict[str, str] = pydoc_data.topics.topics
     return [topics[name] for name in sorted(topics)]
+
+
+def read_documents(text: Text) -> Iterator[str]:
+    """Documents in any form: strings as they are, paths read as `text_documents` reads them.
+
+    Raises:
+        CorpusError: as `text_documents`; also a lone string that names a file, which is surely meant to be read.
+
+    >>> list(read_documents(["one", "two"]))
+    ['one', 'two']
+    """
+    if isinstance(text, str) and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a text's length
+        raise CorpusError(f"the text {text!r} is the name of a file: pass pathlib.Path({text!r}) to read it")
+    for item in [text] if isinstance(text, (str, Path)) else text:
+        if isinstance(item, Path):
+            yield from text_documents(item)
+        else:
+            yield item
 
 
 def text_documents(paths: Path | str | Iterable[Path | str], *, encoding: str = "utf-8") -> Iterator[str]:
@@ -92,7 +113,8 @@ def load_ids(path: Path | str) -> list[NDArray[Any]]:
 def id_documents(ids: Any) -> list[NDArray[Any]]:
     """Token ids in any form -> documents, each an integer array (token,).
 
-    Takes a tensor or array (1-d: one document, 2-d: each row one), a list of ids, or a list of documents.
+    Takes a tensor or array (1-d: one document, 2-d: each row one), a list of ids, a list of documents, or the `Path`
+    of a file that `load_ids` reads.
 
     Raises:
         CorpusError: what is not integers, or has another number of axes.
@@ -100,10 +122,12 @@ def id_documents(ids: Any) -> list[NDArray[Any]]:
     >>> [document.tolist() for document in id_documents([[1, 2], [3]])]
     [[1, 2], [3]]
     """
+    if isinstance(ids, Path):
+        return load_ids(ids)
     if isinstance(ids, (torch.Tensor, np.ndarray)):
         return _rows(_as_array(ids), "token ids")
     if not isinstance(ids, Sequence) or isinstance(ids, str):
-        raise CorpusError(f"token ids are a tensor, an array or a list, not {type(ids).__name__}")
+        raise CorpusError(f"token ids are a tensor, an array, a list or the Path of a file, not {type(ids).__name__}")
     if not any(isinstance(item, (Sequence, np.ndarray, torch.Tensor)) for item in ids):
         return _rows(_as_array(ids), "token ids")
     documents: list[NDArray[Any]] = []

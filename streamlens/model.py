@@ -120,7 +120,7 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
         yield from torch.split(tensor.reshape(-1), _CHUNK_BYTES // tensor.itemsize)
     else:  # row by row, because making a strided tensor contiguous copies it
         for block in torch.split(tensor, max(1, _CHUNK_BYTES // tensor[0].nbytes)):
-            yield block.reshape(-1)
+            yield block.contiguous().reshape(-1)
 
 
 def config_of(module: nn.Module) -> dict[str, Any]:

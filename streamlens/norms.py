@@ -28,6 +28,8 @@ def find_norms(
         if described is None:
             continue
         form, epsilon, source, weight, bias = described
+        while source in made and made[source].operator == "aten._to_copy.default":
+            source = made[source].args[0]  # a cast up for the norm's own arithmetic: the stream is what comes before it
         op = graph.op(nodes[step.output])
         module = op.frames[-1].module if op is not None and op.frames else ""
         found.append(Norm(label, form, epsilon, state, module, source, weight, bias))
@@ -47,7 +49,7 @@ def _fused(step: Instruction) -> tuple[str, float, str, str | None, str | None] 
 def _written_out(
     step: Instruction, made: Mapping[str, Instruction]
 ) -> tuple[str, float, str, str | None, str | None] | None:
-    """Match rsqrt(mean(x ** 2) + eps) and rsqrt(var(x) + eps)."""
+    """Match rsqrt(mean(x ** 2) + eps), with x as it is or minus its mean, and rsqrt(var(x) + eps)."""
     if step.operator != "aten.rsqrt.default":
         return None
     inner = made.get(step.args[0])
@@ -63,6 +65,11 @@ def _written_out(
     square = made.get(inner.args[0]) if inner.operator == "aten.mean.dim" else None
     if square is None:
         return None
+    centred = made.get(square.args[0])
+    if centred is not None and centred.operator == "aten.sub.Tensor":
+        mean = made.get(centred.args[1])
+        if mean is not None and mean.operator == "aten.mean.dim" and mean.args[0] == centred.args[0]:
+            return "layer_norm", epsilon, centred.args[0], None, None
     return "rms_norm", epsilon, square.args[0], None, None
 
 

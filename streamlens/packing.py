@@ -44,12 +44,14 @@ def pack(model: Model, out: str | os.PathLike[str]) -> Path:
     if path.exists() and Path(model.source).exists() and path.samefile(model.source):
         raise UsageError(f"{path} is the file that the model was loaded from: pack it under another name")
     state = _compact(model.module.state_dict())
-    check_plain(state, model.source)
+    buffers = _compact({name: value for name, value in model.module.named_buffers() if name not in state})
+    check_plain({**state, **buffers}, model.source)
     packed = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "architecture": _architecture(model),
         "state_dict": state,
+        "buffers": buffers,
         "tokenizer": _tokenizer_entry(model.tokenizer),
     }
     _write(packed, path)
@@ -136,6 +138,8 @@ def unpack(
     try:
         architecture, kind = loaded["architecture"], loaded["architecture"]["kind"]
         state = private_copies(state_dict_of(loaded["state_dict"], where))
+        buffers = private_copies(loaded["buffers"])
+        check_plain(buffers, where)
         tokenizer = _read_tokenizer(loaded["tokenizer"])
         if kind == "nanogpt":
             config = dict(architecture["args"])
@@ -150,15 +154,20 @@ def unpack(
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where} is a damaged packed model ({type(error).__name__}: {error})") from error
     if dtype is None:
-        _restore_dtypes(module, state)
+        _restore(module, state, buffers)
     return module, config, tokenizer
 
 
-def _restore_dtypes(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Undo the one cast of transformers: a model that was packed with several dtypes gets them back."""
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if name in state and tensor.dtype != state[name].dtype:
-            tensor.data = state[name]
+def _restore(module: nn.Module, state: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Give back what is not as it was after building.
+
+    transformers casts all weights to one dtype, and computes buffers that no state dict holds anew, in float32: the
+    rotary frequencies of a model that was cast as a whole would come back unrounded, and give other logits.
+    """
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        stored = buffers.get(name, state.get(name, tensor))
+        if stored.shape == tensor.shape and (name in buffers or stored.dtype != tensor.dtype):
+            tensor.data = stored
 
 
 def _read_tokenizer(entry: Any) -> Tokenizer | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +13,18 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from streamlens import errors
+from streamlens.capturing import DEFAULT_BATCH_TOKENS
 from streamlens.cli.app import COMMANDS, LazyCommand, main
 from streamlens.cli.options import CorpusOptions, ModelOptions, corpus_options, model_options, output_options
-from streamlens.cli.output import human, human_bytes, human_count, print_notes, print_rows, table
+from streamlens.cli.output import bold, human, human_count, print_notes, print_rows, table
+from streamlens.corpus import DEFAULT_WINDOW, Windows
+from streamlens.model import Model
 from streamlens.progress import Progress
+from streamlens.tokenizers import ByteTokenizer
 
 # ---- the group ----------------------------------------------------------------------------------------------------
 
@@ -112,7 +118,7 @@ def test_the_version_is_the_packages() -> None:
 # ---- options ------------------------------------------------------------------------------------------------------
 
 
-@click.command()
+@click.command(context_settings={"help_option_names": ["-h"], "max_content_width": 200})
 @model_options
 @corpus_options
 @output_options
@@ -124,7 +130,7 @@ def echo(model: ModelOptions, corpus: CorpusOptions, as_json: bool) -> None:
 def test_without_options_a_command_gets_the_defaults() -> None:
     result = CliRunner().invoke(echo, ["model.pt"], catch_exceptions=False)
     model = ModelOptions("model.pt", None, None, False, None, "cpu", 0)
-    corpus = CorpusOptions((), None, "text", None, None, False, None, 4096)
+    corpus = CorpusOptions((), None, "text", None, None, False, None, 2048)
     assert result.output == repr((model, corpus, False)) + "\n"
 
 
@@ -139,6 +145,12 @@ def test_every_option_arrives_in_its_field(tmp_path: Path) -> None:
     assert result.output == repr((model, corpus, True)) + "\n"
 
 
+def test_the_defaults_in_the_help_are_the_librarys() -> None:
+    shown = CliRunner().invoke(echo, ["-h"], terminal_width=200).output
+    assert re.search(rf"--window .*\[default: {DEFAULT_WINDOW}, or the model's limit\]", shown)
+    assert re.search(rf"--batch-tokens .*\[default: {DEFAULT_BATCH_TOKENS}; x>=1\]", shown)
+
+
 @pytest.mark.parametrize(
     "wrong", ["--dtype int8", "--window 1", "--max-tokens 0", "--batch-tokens 0", "--text nowhere", "--config nowhere"]
 )
@@ -146,6 +158,35 @@ def test_a_wrong_value_is_a_usage_error_that_names_the_option(wrong: str) -> Non
     result = CliRunner().invoke(echo, wrong)
     assert result.exit_code == 2
     assert f"Invalid value for '{wrong.split()[0]}'" in result.stderr
+
+
+def read(*arguments: str) -> Windows:
+    """The windows that a model of bytes is shown when these options are typed and `typed` comes in on stdin."""
+    shown: list[Windows] = []
+
+    @click.command()
+    @corpus_options
+    def show(corpus: CorpusOptions) -> None:
+        model = Model(torch.nn.Identity(), "model.pt", "", {}, ByteTokenizer(), 256, None)
+        shown.append(corpus.windows(model, seed=0))
+
+    CliRunner().invoke(show, [*arguments, "--ragged"], input="typed", catch_exceptions=False)
+    return shown[0]
+
+
+def test_the_named_corpus_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b.jsonl").write_text('{"body": "json"}')
+    np.save(tmp_path / "c.npy", [1, 2, 3])
+    texts = read("--text", str(tmp_path / "a.txt"), "--text", "-")
+    assert (bytes(texts.ids.tolist()), texts.description) == (b"firsttyped", f"{tmp_path}/a.txt, -")
+    lines = read("--jsonl", str(tmp_path / "b.jsonl"), "--text-key", "body")
+    assert (bytes(lines.ids.tolist()), lines.description) == (b"json", f"{tmp_path}/b.jsonl")
+    ids = read("--tokens", str(tmp_path / "c.npy"))
+    assert (ids.ids.tolist(), ids.description) == ([1, 2, 3], f"{tmp_path}/c.npy")
+    assert read("--max-tokens", "9999").description.startswith("built-in English text")
+    with pytest.raises(errors.UsageError, match="--text, --jsonl and --tokens exclude each other"):
+        read("--text", "-", "--tokens", str(tmp_path / "c.npy"))
 
 
 def test_no_model_at_all_is_a_usage_error() -> None:
@@ -202,17 +243,17 @@ def test_labels_cannot_steer_the_terminal() -> None:
 
 def test_headings_are_bold_unless_no_color_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert table([{"a": 1}]) == "\x1b[1ma\x1b[0m\n1"
+    assert bold("a") == "\x1b[1ma\x1b[0m"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert table([{"a": 1}]) == "a\n1"
+    assert bold("a") == "a"
 
 
 @pytest.mark.parametrize(
-    ("n", "size", "count"),
-    [(0, "0 B", "0"), (1000, "1.0 kB", "1.0 k"), (999_949, "999.9 kB", "999.9 k"), (999_950, "1.0 MB", "1.0 M")],
+    ("n", "count"),
+    [(0, "0"), (999, "999"), (1000, "1.0 k"), (999_949, "999.9 k"), (999_950, "1.0 M"), (10**16, "10000.0 T")],
 )
-def test_sizes_and_counts_for_people(n: int, size: str, count: str) -> None:
-    assert (human_bytes(n), human_count(n)) == (size, count)
+def test_counts_for_people(n: int, count: str) -> None:
+    assert human_count(n) == count
 
 
 def test_notes_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,10 +280,10 @@ def ticking(*times: float) -> Callable[[], float]:
 def test_where_nobody_watches_there_is_a_line_at_either_end() -> None:
     stream = io.StringIO()
     with Progress(2048, "capture", stream=stream, clock=ticking(10.0, 14.0)) as progress:
-        progress.update(1024, 3_000_000)
-        progress.update(1024, 5_000_000)
+        progress.update(1024, 3 << 20)
+        progress.update(1024, 5 << 20)
     assert stream.getvalue() == (
-        "capture: 2,048 tokens\ncapture: done: 2,048 tokens, 8.0 MB in 4.0 s (512 tokens/s, 2.0 MB/s)\n"
+        "capture: 2,048 tokens\ncapture: done: 2,048 tokens, 8.0 MiB in 4.0 s (512 tokens/s, 2.0 MiB/s)\n"
     )
 
 
@@ -259,7 +300,7 @@ def test_a_run_that_stops_says_where_and_counts_only_its_own_tokens() -> None:
         run()
     assert stream.getvalue() == (
         "capture: 100 tokens, 40 of them done before\n"
-        "capture: stopped after 60 of 100 tokens: 20 tokens, 1.0 kB in 2.0 s (10 tokens/s, 500 B/s)\n"
+        "capture: stopped after 60 of 100 tokens: 20 tokens, 1000 bytes in 2.0 s (10 tokens/s, 500 bytes/s)\n"
     )
 
 
@@ -270,4 +311,12 @@ def test_on_a_terminal_there_is_a_bar() -> None:
     assert "capture:  25%" in stream.getvalue()
     assert "capture: 100%" in stream.getvalue()
     assert "2.00k/2.00k" in stream.getvalue()
-    assert "B/s" in stream.getvalue()
+    assert "iB/s" in stream.getvalue()
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log", "terminal"])
+def test_progress_that_is_switched_off_is_silent(stream: io.StringIO) -> None:
+    with Progress(10, "capture", enabled=False, stream=stream) as progress:
+        progress.update(10, 100)
+    assert stream.getvalue() == ""
+    assert progress.tokens == 10

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,36 +30,16 @@ from streamlens.documents import (
     jsonl_documents,
     load_ids,
     random_tokens,
+    read_documents,
     text_documents,
 )
 from streamlens.errors import CorpusError, UsageError
+from streamlens.model import Model
+from streamlens.tokenizers import ByteTokenizer
 
 
-class ByteTokenizer:
-    """Each UTF-8 byte is a token: an encoder whose output anybody can work out."""
-
-    name = "bytes"
-    vocab_size = 256
-    fingerprint = "0" * 64
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode()
-
-
-@dataclass
-class TinyModel:
-    """The part of a loaded model that choosing windows looks at."""
-
-    tokenizer: ByteTokenizer | None
-    vocab_size: int | None
-    max_positions: int | None
-    source: str = "model.pt"
-    sha256: str = ""
-    module: nn.Module | None = None
-    config: dict[str, object] | None = None
+def model(tokenizer: ByteTokenizer | None, vocab_size: int | None, max_positions: int | None) -> Model:
+    return Model(nn.Identity(), "model.pt", "", {}, tokenizer, vocab_size, max_positions)
 
 
 def slow_windows(
@@ -264,6 +244,17 @@ def test_text_files_are_one_document_each(tmp_path: Path) -> None:
     assert list(text_documents([tmp_path / "sub" / "a.txt", tmp_path / "b.txt"])) == ["two", "one\n\nstill one"]
 
 
+def test_documents_are_strings_or_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notes.txt").write_text("from the file")
+    monkeypatch.chdir(tmp_path)
+    assert list(read_documents(Path("notes.txt"))) == ["from the file"]
+    assert list(read_documents(["notes.txt", Path("notes.txt")])) == ["notes.txt", "from the file"]
+    for plain in ("x" * 5000, "a\0b", ""):
+        assert list(read_documents(plain)) == [plain]
+    with pytest.raises(CorpusError, match=r"name of a file: pass pathlib\.Path\('notes\.txt'\) to read it"):
+        list(read_documents("notes.txt"))
+
+
 def test_a_dash_is_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("π\r\n".encode()), encoding="ascii"))
     assert list(text_documents("-")) == ["π\n"]
@@ -411,26 +402,34 @@ def test_random_tokens_depend_on_the_seed_alone() -> None:
 
 
 def test_a_model_gets_built_in_text_when_none_is_given() -> None:
-    windows = windows_for(TinyModel(ByteTokenizer(), 256, 64))
+    windows = windows_for(model(ByteTokenizer(), 256, 64))
     assert bytes(windows.ids[:64].tolist()).decode() == builtin_documents()[0][:64]
     assert DEFAULT_MAX_TOKENS - 64 < windows.n_tokens <= DEFAULT_MAX_TOKENS
     assert "no text was given: built-in English text" in windows.notes[0]
 
 
+def test_files_are_read_where_paths_are_given(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ab" * 4)
+    np.save(tmp_path / "ids.npy", np.arange(8))
+    read = windows_for(model(ByteTokenizer(), 256, 8), documents=tmp_path / "a.txt")
+    assert bytes(read.ids.tolist()) == b"abababab"
+    assert windows_for(model(None, 256, 8), ids=tmp_path / "ids.npy").ids.tolist() == list(range(8))
+
+
 def test_a_model_without_a_tokenizer_gets_random_tokens() -> None:
-    windows = windows_for(TinyModel(None, 11, None), max_tokens=512, seed=5)
+    windows = windows_for(model(None, 11, None), max_tokens=512, seed=5)
     assert windows.ids.tolist() == random_tokens(11, 512, seed=5).tolist()
     assert windows.description == "random tokens (seed 5)"
 
 
 def test_a_model_is_shown_what_it_can_take() -> None:
-    model = TinyModel(ByteTokenizer(), 256, 8)
-    assert set(windows_for(model, documents="z" * 20).lengths.tolist()) == {8}
+    tiny = model(ByteTokenizer(), 256, 8)
+    assert set(windows_for(tiny, documents="z" * 20).lengths.tolist()) == {8}
     with pytest.raises(CorpusError, match="vocabulary has 256 entries"):
-        windows_for(model, ids=[1, 300])
+        windows_for(tiny, ids=[1, 300])
     with pytest.raises(UsageError, match="choose one"):
-        windows_for(model, documents="a", ids=[1])
+        windows_for(tiny, documents="a", ids=[1])
     with pytest.raises(UsageError, match=r"model\.pt has no tokenizer"):
-        windows_for(TinyModel(None, 256, 8), documents="a")
+        windows_for(model(None, 256, 8), documents="a")
     with pytest.raises(UsageError, match=r"model\.pt takes no token ids"):
-        windows_for(TinyModel(None, None, None))
+        windows_for(model(None, None, None))

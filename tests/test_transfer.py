@@ -1,4 +1,4 @@
-"""Slots and the writer thread: the same bytes as writing directly, bounded memory, no error that stays in the thread."""
+"""Slots and the writer thread: the bytes of a direct write, bounded memory, no error that stays in the thread."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from fixtures import zoo
 from fixtures.expected import layers
+from fixtures.train import evaluate, split_text
+from streamlens.checkpoint import load
+from streamlens.nanogpt import NanoGPT
 
 ALL = (*zoo.names(), *zoo.NEGATIVE)
 KINDS = ("attn", "mlp", "cross_attn", "mixer")
@@ -116,3 +120,13 @@ def test_in_place_style_equals_the_plain_one(specimens: dict[str, zoo.Specimen])
             x = x + layer.attn(layer.ln1(x))
             x = x + layer.mlp(layer.ln2(x))
         assert torch.equal(model.unembed(model.norm(x)), specimen.run())
+
+
+def test_trained_model_has_learned_english() -> None:
+    """The bound is loose because the text differs from one Python version to the next; an untrained model has 5.5."""
+    model = load(Path(zoo.__file__).with_name("model.pt"))
+    assert isinstance(model.module, NanoGPT)
+    assert model.tokenizer is not None
+    assert (model.max_positions, model.vocab_size, model.tokenizer.name) == (256, 256, "byte")
+    _, held_out = split_text()
+    assert evaluate(model.module, held_out[: 8 * 257]) < 1.6

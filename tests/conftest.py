@@ -1,0 +1,59 @@
+"""Shared fixtures: one thread for each test process, specimens of the zoo built and understood once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fixtures import zoo
+from fixtures.expected import Expected
+from streamlens.anatomy import Anatomy
+from streamlens.calling import Inputs, without_cache
+from streamlens.discovery import discover
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A specimen with its anatomy as discovered."""
+
+    name: str
+    module: nn.Module
+    inputs: Inputs
+    expected: Expected
+    anatomy: Anatomy
+
+    @property
+    def docs(self) -> int:
+        """Documents in the specimen's inputs."""
+        tokens: Tensor = self.inputs if isinstance(self.inputs, Tensor) else next(iter(self.inputs.values()))
+        return tokens.shape[1 if self.anatomy.stream().position_first else 0]
+
+
+@cache
+def case(name: str, dtype: torch.dtype = torch.float32) -> Case:
+    """Build a specimen of the zoo and discover its anatomy."""
+    specimen = zoo.build(name)
+    given: Any = specimen.inputs.get("", dict(specimen.inputs))
+    module = specimen.module.to(dtype)
+    inputs = without_cache(module, _cast(given, dtype))
+    return Case(name, module, inputs, specimen.expected, discover(module, inputs))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@pytest.fixture
+def build() -> Callable[..., Case]:
+    """Return the cached builder of cases."""
+    return case
