@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import mmap
 import os
@@ -85,10 +84,10 @@ class MappedFile:
 
     def close(self) -> None:
         """Close the file; views that are still in use stay valid. A second call does nothing."""
-        self._close_fd()
-        # While some view is in use, the map stays; it goes with the last of them.
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        if self._close_fd.alive:
+            self._close_fd()
+            # Not `mmap.close`: torch keeps the map alive, but not locked, so that would pull it from under the views.
+            del self._map
 
     def _numbers(self, name: str) -> tuple[Extent, torch.dtype]:
         if not self._close_fd.alive:

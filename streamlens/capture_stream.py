@@ -221,6 +221,10 @@ class StreamView:
         whole = self._file.view(name)
         return whole if row is None else whole[row]
 
+    def holds_state(self, index: int) -> bool:
+        """Tell whether state x_index is stored as such, not computed from the writes."""
+        return self._stored_state(index) is not None
+
     def blocks(self) -> Iterator[Block]:
         """Yield the stream block by block, as it was captured; memory does not grow with the number of tokens.
 

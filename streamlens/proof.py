@@ -63,6 +63,12 @@ class Verdict:
         self.exact, self.worst = False, float("inf")
         self.stream, self.state = stream.name, state
 
+    def include(self, other: Verdict) -> None:
+        """Take another outcome into account."""
+        self.exact = self.exact and other.exact
+        if other.worst > self.worst:
+            self.worst, self.stream, self.state = other.worst, other.stream, other.state
+
     def demand(self, stream: Stream, dtype: torch.dtype) -> None:
         """Accept, or refuse with the place where it fails.
 

@@ -66,7 +66,7 @@ class Proof:
         """Return the verdict in one line."""
         missing = "" if self.done == self.blocks else f"; {self.blocks - self.done} of {self.blocks} blocks are missing"
         if self.exact_blocks == self.done:
-            return f"all {self.done} blocks add up bit for bit{missing}"
+            return f"all blocks add up bit for bit ({self.done}){missing}"
         return (
             f"{self.exact_blocks} of {self.done} blocks add up bit for bit; worst relative error {self.worst:.1e} at "
             f"state {self.where}, block {self.worst_block}{missing}"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -18,11 +19,13 @@ from click.testing import CliRunner
 
 from streamlens import errors
 from streamlens.capturing import DEFAULT_BATCH_TOKENS
+from streamlens.checkpoint import load
 from streamlens.cli.app import COMMANDS, LazyCommand, main
 from streamlens.cli.options import CorpusOptions, ModelOptions, corpus_options, model_options, output_options
 from streamlens.cli.output import bold, human, human_count, print_notes, print_rows, table
 from streamlens.corpus import DEFAULT_WINDOW, Windows
 from streamlens.model import Model
+from streamlens.nanogpt import NanoGPT, NanoGPTConfig
 from streamlens.progress import Progress
 from streamlens.tokenizers import ByteTokenizer
 
@@ -192,6 +195,60 @@ def test_the_named_corpus_is_read(tmp_path: Path) -> None:
 def test_no_model_at_all_is_a_usage_error() -> None:
     with pytest.raises(errors.UsageError, match=r"no model is given: .* --model package\.module:factory"):
         ModelOptions(None, None, None, False, None, "cpu", 0).load()
+
+
+# ---- pack ---------------------------------------------------------------------------------------------------------
+
+
+def pack_command(*arguments: str) -> tuple[int, dict[str, Any]]:
+    result = CliRunner().invoke(main, ["pack", *arguments, "--json"])
+    return result.exit_code, json.loads(result.stdout)["rows"][0] if result.stdout else {"error": result.stderr}
+
+
+def test_pack_writes_a_file_that_loads_as_the_same_model(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "block_size": 8,
+        "vocab_size": 11,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 4,
+        "bias": True,
+    }
+    module = NanoGPT(NanoGPTConfig(**arguments))
+    torch.save({"model": module.state_dict(), "model_args": arguments}, tmp_path / "ckpt.pt")
+    code, row = pack_command(str(tmp_path / "ckpt.pt"), "--out", str(tmp_path / "model.pt"))
+    assert code == 0, row
+    packed = tmp_path / "model.pt"
+    assert row == {
+        "source": str(tmp_path / "ckpt.pt"),
+        "out": str(packed),
+        "bytes": packed.stat().st_size,
+        "sha256": load(packed).sha256,
+    }
+    ids = torch.arange(8)[None]
+    assert torch.equal(load(packed).module(ids), load(module).module(ids))
+
+
+def test_a_factorys_weights_follow_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_factory.py").write_text(
+        "from streamlens.nanogpt import NanoGPT, NanoGPTConfig\n"
+        "def make():\n"
+        "    return NanoGPT(NanoGPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=4))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [
+        pack_command("--model", "my_factory:make", "--seed", seed, "--out", str(tmp_path / "model.pt"))[1]
+        for seed in ("1", "1", "2")
+    ]
+    assert rows[0]["sha256"] == rows[1]["sha256"] != rows[2]["sha256"]
+
+
+def test_a_pickled_module_is_refused_for_safety(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    code, row = pack_command(str(tmp_path / "whole.pt"), "--out", str(tmp_path / "model.pt"))
+    assert code == 5
+    assert row["error"].startswith("Error: ")
+    assert not (tmp_path / "model.pt").exists()
 
 
 # ---- printing -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,11 @@ def checkpoint(model: NanoGPT, prefix: str = "_orig_mod.") -> dict[str, Any]:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_logits_are_those_of_gpt2(bias: bool) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+    transformers: Any = importlib.import_module("transformers")
     ours = randomised(dataclasses.replace(CONFIG, bias=bias))
     sizes = {"n_layer": 3, "n_head": 2, "n_embd": 8, "n_positions": 13, "vocab_size": 29}
-    theirs = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gelu", bos_token_id=0, eos_token_id=0)).eval()
+    config = transformers.GPT2Config(**sizes, activation_function="gelu", bos_token_id=0, eos_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
     state = {name: torch.zeros_like(value) for name, value in theirs.state_dict().items()}
     for name, value in ours.state_dict().items():
         # transformers keeps GPT-2's projections as (in, out)

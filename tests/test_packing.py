@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,16 @@ def tokenizer_text(truncate: bool = False) -> str:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_transformers_model_comes_back_bit_for_bit(tmp_path: Path, name: str, attention: str) -> None:
     specimen = zoo.build(name)
-    specimen.module.set_attn_implementation(attention if name not in ("mpt", "t5") else "eager")
-    model = load(specimen.module)
+    theirs: Any = specimen.module
+    if name != "mpt":  # which has one form only
+        theirs.set_attn_implementation(attention)
+    model = load(theirs)
     path = pack(model, tmp_path / "model.pt")
     back = load(path)
     assert torch.equal(run(back.module, specimen.inputs), run(model.module, specimen.inputs))
     assert (back.sha256, back.config, back.source) == (model.sha256, model.config, str(path))
-    assert back.module.config._attn_implementation == model.module.config._attn_implementation
+    rebuilt: Any = back.module
+    assert rebuilt.config._attn_implementation == theirs.config._attn_implementation
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -71,7 +75,7 @@ def test_file_holds_plain_data(tmp_path: Path) -> None:
     model = nanogpt()
     model.tokenizer = ByteTokenizer()
     content = torch.load(pack(model, tmp_path / "model.pt"), weights_only=True)
-    assert list(content) == ["format", "format_version", "architecture", "state_dict", "tokenizer"]
+    assert list(content) == ["format", "format_version", "architecture", "state_dict", "buffers", "tokenizer"]
     assert (content["format"], content["format_version"]) == ("streamlens-model", 1)
     assert content["architecture"] == {
         "kind": "nanogpt",
@@ -99,9 +103,17 @@ def test_several_dtypes_come_back(tmp_path: Path) -> None:
     model = load(model.module)
     back = load(pack(model, tmp_path / "model.pt"))
     assert back.sha256 == model.sha256
-    assert {parameter.dtype for parameter in load(tmp_path / "model.pt", dtype="float32").module.parameters()} == {
-        torch.float32
-    }
+    widened = load(tmp_path / "model.pt", dtype="float32").module
+    assert {parameter.dtype for parameter in widened.parameters()} == {torch.float32}
+
+
+def test_model_that_was_cast_as_a_whole_comes_back(tmp_path: Path) -> None:
+    specimen = zoo.build("llama")
+    model = load(specimen.module, dtype="bfloat16")  # rounds the rotary frequencies, which no state dict holds
+    back = load(pack(model, tmp_path / "model.pt"))
+    assert torch.equal(run(back.module, specimen.inputs), run(model.module, specimen.inputs))
+    unrounded = load(tmp_path / "model.pt", dtype="bfloat16").module
+    assert not torch.equal(run(unrounded, specimen.inputs), run(model.module, specimen.inputs))
 
 
 def test_tokenizers_come_back(tmp_path: Path) -> None:
@@ -140,8 +152,7 @@ def test_byte_tokenizer_shows_ids_that_are_no_bytes() -> None:
 
 
 def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
+    transformers: Any = importlib.import_module("transformers")
     assert tokenizer_in(tmp_path) is None
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\ncat\n")
     assert tokenizer_in(tmp_path) is None  # not the folder of a model
@@ -153,7 +164,7 @@ def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
     from_json = tokenizer_in(tmp_path)
     assert from_json is not None
     assert (from_json.name, from_json.encode("the cat")) == (tmp_path.name, [1, 2, 3])
-    fast = from_hf(PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")), "fast")
+    fast = from_hf(transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")), "fast")
     assert fast.fingerprint == from_json.fingerprint
 
 
@@ -181,12 +192,10 @@ def test_python_tokenizer_is_used_but_not_packed(tmp_path: Path) -> None:
 
 
 def test_other_classes_need_a_factory(tmp_path: Path) -> None:
-    from transformers import GPT2LMHeadModel
-
-    class Changed(GPT2LMHeadModel):  # type: ignore[misc]
-        """Not the class that transformers would build from the config."""
-
-    for module in (nn.Embedding(3, 3), Changed(zoo.build("gpt2").module.config)):
+    theirs: Any = zoo.build("gpt2").module
+    # A subclass is not the class that transformers would build from the config.
+    changed = type("Changed", (type(theirs),), {})(theirs.config)
+    for module in (nn.Embedding(3, 3), changed):
         with pytest.raises(CheckpointError, match=r"cannot be rebuilt from a config.*--model package\.module:factory"):
             pack(load(module), tmp_path / "model.pt")
 

@@ -64,7 +64,8 @@ def test_torchscript_and_exported_programs_are_told_apart(tmp_path: Path) -> Non
     module = nn.Linear(2, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit announces its own end
-        torch.jit.save(torch.jit.trace(module, torch.zeros(1, 2)), str(tmp_path / "script.pt"))
+        jit: Any = torch.jit
+        jit.save(jit.trace(module, torch.zeros(1, 2)), str(tmp_path / "script.pt"))
     with pytest.raises(CheckpointError, match="TorchScript"):
         load(tmp_path / "script.pt")
     torch.export.save(torch.export.export(module, (torch.zeros(1, 2),)), tmp_path / "program.pt2")

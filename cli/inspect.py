@@ -1,0 +1,129 @@
+"""`streamlens inspect`: what a model or a capture is made of, and whether it can be trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamlens.cli.options import ModelOptions, model_options, output_options
+from streamlens.cli.output import human, human_count, print_notes, print_rows, table
+
+if TYPE_CHECKING:
+    from streamlens.anatomy import Anatomy
+    from streamlens.reader import Capture
+
+
+@click.command("inspect")
+@model_options
+@output_options
+def command(model: ModelOptions, as_json: bool) -> None:
+    """Show the anatomy of SOURCE, a model or a capture: its streams, sublayers, sizes, proof and health.
+
+    \b
+    Example:
+      streamlens inspect model.pt
+      streamlens inspect model.h5
+      streamlens inspect --model mypackage.models:build
+    """  # noqa: D301 - click reads the \b
+    if model.source is not None and _is_hdf5(Path(model.source)):
+        from streamlens.reader import open_capture
+
+        with open_capture(model.source) as capture:
+            _capture(capture, as_json)
+    else:
+        _model(model, as_json)
+
+
+def _is_hdf5(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as raw:
+        return raw.read(8) == b"\x89HDF\r\n\x1a\n"
+
+
+def _model(options: ModelOptions, as_json: bool) -> None:
+    from streamlens.corpus import windows_for
+    from streamlens.feed import PROBE_POSITIONS, probe_of_windows
+    from streamlens.pilot import fly, parameters_of
+    from streamlens.tree import draw
+
+    loaded = options.load()
+    windows = windows_for(loaded, max_tokens=PROBE_POSITIONS, window=PROBE_POSITIONS, seed=options.seed)
+    parameters = parameters_of(loaded.module)
+    first = next(iter(parameters.values()))
+    pilot = fly(loaded.module, probe_of_windows(loaded.module, windows, False, first.device))
+    if as_json:
+        print_rows("inspect", _sublayers(pilot.anatomy), as_json=True)
+        return
+    limit = "no limit" if loaded.max_positions is None else f"{loaded.max_positions:,}"
+    count = sum(p.numel() for p in loaded.module.parameters())
+    click.echo(f"{loaded.source}: {type(loaded.module).__name__}, {human_count(count)} parameters, {first.dtype}")
+    click.echo(f"vocabulary {human(loaded.vocab_size)}, positions {limit}, sha256 {loaded.sha256[:16]}")
+    click.echo(draw(pilot.anatomy))
+    click.echo(f"proof, on a few tokens: {_proved(pilot.verdict.exact, pilot.verdict.worst)}")
+    click.echo(f"head applied to the last state: {'the model output, bit for bit' if pilot.head_exact else 'differs'}")
+
+
+def _capture(capture: Capture, as_json: bool) -> None:
+    from streamlens.health import examine
+    from streamlens.tree import draw
+
+    rows: list[dict[str, Any]] = []
+    for view in capture.streams.values():
+        for health in examine(view):
+            rows.append({"stream": view.name, **vars(health)})
+    if as_json:
+        print_rows("inspect", rows, as_json=True)
+        return
+    attrs = capture.attrs
+    kind = "compact" if attrs["compact"] else "full"
+    click.echo(f"{capture.path}: {capture.n_tokens:,} tokens, {human(capture.n_bytes)} bytes, {attrs['dtype']}, {kind}")
+    click.echo(f"model  {attrs['model_source']}  sha256 {str(attrs['model_sha256'])[:16]}")
+    click.echo(f"text   {attrs['text']}  sha256 {str(attrs['text_sha256'])[:16]}")
+    click.echo(draw(capture.anatomy))
+    click.echo(f"proof  {capture.proof}")
+    click.echo("health of each write, over all tokens:")
+    shown = [{k: _health_cell(v) for k, v in row.items()} for row in rows]
+    click.echo(table(shown))
+    print_notes(_warnings(rows))
+
+
+def _health_cell(value: Any) -> Any:
+    return ", ".join(map(str, value)) or None if isinstance(value, tuple) else value
+
+
+def _warnings(rows: list[dict[str, Any]]) -> list[str]:
+    notes = []
+    broken = [r["label"] for r in rows if r["not_finite"]]
+    if broken:
+        notes.append(f"NaN or infinite entries in {', '.join(broken[:5])}: averages over them mean nothing")
+    massive = [r["label"] for r in rows if r["massive"]]
+    if massive:
+        notes.append(
+            f"massive activations in {len(massive)} tensors ({', '.join(massive[:3])}, ...): report averages with and "
+            "without position 0"
+        )
+    return notes
+
+
+def _proved(exact: bool, worst: float) -> str:
+    return "the writes add up bit for bit" if exact else f"largest relative error {worst:.3g}"
+
+
+def _sublayers(anatomy: Anatomy) -> list[dict[str, Any]]:
+    return [
+        {
+            "stream": stream.name,
+            "index": s.index,
+            "layer": s.layer,
+            "kind": s.kind,
+            "label": s.label,
+            "norm": s.norm,
+            "module": s.module,
+            "heads": s.heads,
+        }
+        for stream in anatomy.streams
+        for s in stream.sublayers
+    ]
