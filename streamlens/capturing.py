@@ -143,7 +143,7 @@ def prepare(
     if inputs is not None:
         if text is not None or tokens is not None or windows is not None:
             raise UsageError("give either inputs or a text or tokens: inputs are all of forward's arguments")
-        pilot, feed = _with_inputs(model.module, check_inputs(inputs), batch_tokens)
+        pilot, feed = _with_inputs(model.module, check_inputs(inputs), batch_tokens, choice)
     else:
         corpus = windows or windows_for(
             model, documents=text, ids=tokens, window=window, max_tokens=max_tokens, ragged=ragged, seed=seed
@@ -162,13 +162,14 @@ def _with_windows(
     return pilot, feed_windows(module, corpus, batch_tokens, position_first, device)
 
 
-def _with_inputs(module: nn.Module, inputs: Any, batch_tokens: int) -> tuple[Pilot, Feed]:
+def _with_inputs(module: nn.Module, inputs: Any, batch_tokens: int, choice: Choice) -> tuple[Pilot, Feed]:
     pilot = fly(module, probe_of_inputs(inputs, False))
     position_first = pilot.anatomy.stream().position_first
     if position_first:
         pilot = fly(module, probe_of_inputs(inputs, True))
     docs = main_input(inputs)[1].shape[1 if position_first else 0]
-    positions = pilot.positions[pilot.anatomy.stream().name]
+    stream = pilot.anatomy.stream((choice.streams or (None,))[0])
+    positions = pilot.positions[stream.name]
     return pilot, feed_inputs(inputs, docs, positions, batch_tokens, position_first)
 
 

@@ -68,7 +68,8 @@ class Plan:
         self.choice = choice
         self.streams = self._streams(pilot, choice)
         self.rows = {s.name: self._rows(s, choice) for s in self.streams}
-        self.has_output = choice.output and pilot.anatomy.head.vocab is not None
+        head = pilot.anatomy.head
+        self.has_output = choice.output and head.vocab is not None and head.stream in self.rows
         self.feed = feed
         self.keep = self._kept_tokens(feed, choice)
         self.blocks = self._blocks(feed, choice)
@@ -90,11 +91,8 @@ class Plan:
         )
 
     def _streams(self, pilot: Pilot, choice: Choice) -> tuple[Stream, ...]:
-        known = {s.name: s for s in pilot.anatomy.streams}
-        for name in choice.streams or ():
-            if name not in known:
-                raise UsageError(f"no stream {name!r}; this model has {', '.join(known)}")
-        chosen = tuple(known[n] for n in (choice.streams or known))
+        names = choice.streams or tuple(s.name for s in pilot.anatomy.streams)
+        chosen = tuple(pilot.anatomy.stream(name) for name in names)
         lengths = {s.name: pilot.positions[s.name] for s in chosen}
         if len(set(lengths.values())) > 1:
             raise UsageError(
