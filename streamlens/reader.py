@@ -131,7 +131,7 @@ class Capture:
         done = columns["done"] == 1
         exact = done & (columns["exact"] == 1)
         # NaN, from a state that is not finite, counts as the worst there is.
-        errors = np.where(done & ~exact, np.nan_to_num(columns["worst"], nan=np.inf), -1.0)
+        errors = np.where(done, np.nan_to_num(columns["worst"], nan=np.inf), -1.0)
         block = None if (exact == done).all() else int(errors.argmax())
         worst = 0.0 if block is None else float(columns["worst"][block])
         where = None if block is None else int(columns["where"][block])

@@ -94,12 +94,8 @@ class CaptureWriter:
         try:
             finished = _found(path, wanted, replace=overwrite)
             if finished and not overwrite:
-                if not (finished.proof["done"] == 1).all():
-                    raise UsageError(
-                        f"{path} lacks blocks although it has a finished name; rename it to {partial.name}"
-                    )
                 writer = cls(path, layout, finished, lock, overwrite=False)
-                writer._complete = True
+                writer._complete = writer._require_all(partial.name)
                 return writer
             begun = _found(partial, wanted, replace=overwrite)
             if begun is None:
@@ -258,6 +254,11 @@ class CaptureWriter:
             f"writing {self.path} stopped: {error.strerror}. {int(self._done.sum())} of {len(self._done)} blocks are "
             f"kept; free some space or mend the disk, and the same command resumes"
         )
+
+    def _require_all(self, partial: str) -> bool:
+        if not self._done.all():
+            raise UsageError(f"{self.path} lacks blocks although it has a finished name; rename it to {partial}")
+        return True
 
     def _distrust(self, begun: Recorded) -> None:
         """After a restart of the machine, take back the done flags of blocks whose bytes did not reach the disk.

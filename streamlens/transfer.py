@@ -25,9 +25,7 @@ class SlotPool:
 
     def __init__(self, slots: int, slot_bytes: int, *, pinned: bool = False) -> None:
         """Allocate all slots at once."""
-        # A tensor made in inference mode could not be written to outside it.
-        with torch.inference_mode(False):
-            self._free = [torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(slots)]
+        self._free = [torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(slots)]
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self.size = slots
@@ -224,7 +222,7 @@ class Transfer:
                 self._do(task)
             except BaseException as error:
                 self._pool.fail(error)
-                # Whatever is queued behind an error must not reach the file: a commit would be a lie.
+                # What is queued behind an error is dropped: a disk that refused once is not asked a hundred times.
                 self._aborted.set()
             finally:
                 if isinstance(task, _Row):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fixtures import zoo
 from streamlens.checkpoint import Model, load
 from streamlens.errors import CheckpointError, UsageError
+from streamlens.pretrained import quiet_and_offline
 
 
 class Net(nn.Module):
@@ -164,7 +165,7 @@ def test_weights_that_do_not_fit_their_config(tmp_path: Path, llama: Any) -> Non
             load(tmp_path / "other.pt", config=LLAMA)
 
 
-def test_missing_weights_are_never_made_up(tmp_path: Path) -> None:
+def test_missing_weights_are_never_made_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     transformers: Any = importlib.import_module("transformers")
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
     bert = sizes | {"vocab_size": 29, "model_type": "bert"}
@@ -181,6 +182,7 @@ def test_missing_weights_are_never_made_up(tmp_path: Path) -> None:
     torch.save(state | {"encoder.norm.bias": torch.zeros(2)}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"1 unknown to the model \('encoder\.norm\.bias'\)"):
         load(tmp_path / "model.pt", config=bert | {"architectures": ["BertModel"]})
+    assert capfd.readouterr() == ("", "")  # the error says it all: no report of transformers beside it
 
 
 # Folders
@@ -200,6 +202,8 @@ def test_folder_loads_without_network_and_leaves_no_trace(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     verbosity = logging.get_verbosity()
+    with quiet_and_offline():
+        assert huggingface_hub.constants.is_offline_mode()
     for name in ("mixtral", "gpt2", "t5"):  # mixtral's experts are stored one by one and merged on the way in
         specimen = zoo.build(name)
         theirs: Any = specimen.module
@@ -238,6 +242,10 @@ def test_dtype_is_the_stored_one_unless_asked(tmp_path: Path) -> None:
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(logits_of(stored, ids), logits_of(theirs, ids))
     assert {buffer.dtype for buffer in stored.buffers()} == {torch.float32}  # rotary frequencies are not rounded
+    state = narrow.state_dict()
+    torch.save({name: value.float() if "embed" in name else value for name, value in state.items()}, tmp_path / "w.pt")
+    mixed = load(tmp_path / "w.pt").module  # the first tensor is float32, most values are not
+    assert {parameter.dtype for parameter in mixed.parameters()} == {torch.bfloat16}
 
 
 # Factories

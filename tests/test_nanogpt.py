@@ -71,6 +71,8 @@ def test_training_checkpoint_loads(tmp_path: Path, prefix: str) -> None:
     assert loaded.config == dataclasses.asdict(CONFIG)
     assert (loaded.vocab_size, loaded.max_positions, loaded.tokenizer) == (29, 13, None)
     assert loaded.sha256 == load(model).sha256
+    moved = load(tmp_path / "ckpt.pt", device="meta")
+    assert (moved.sha256, moved.module.get_parameter("lm_head.weight").is_meta) == (loaded.sha256, True)
 
 
 def test_bare_state_dict_needs_its_model_args(tmp_path: Path) -> None:

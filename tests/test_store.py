@@ -159,6 +159,14 @@ def test_a_finished_file_is_complete_or_in_the_way(whole: Path) -> None:
     assert whole.read_bytes() == before
 
 
+def test_a_file_under_way_that_was_given_a_finished_name(tmp_path: Path) -> None:
+    with begin(tmp_path / "a.h5") as writer:
+        fill(writer, 0)
+    (tmp_path / "a.h5.partial").rename(tmp_path / "a.h5")
+    with pytest.raises(UsageError, match=r"rename it to a\.h5\.partial"):
+        begin(tmp_path / "a.h5")
+
+
 def test_overwrite_keeps_the_old_file_until_the_new_one_is_finished(whole: Path) -> None:
     before, changed = whole.read_bytes(), {**IDENTITY, "window": 16}
     with begin(whole, identity=changed, overwrite=True) as writer:

@@ -167,19 +167,30 @@ def test_an_error_in_the_thread_reaches_a_waiting_caller(tmp_path: Path, error: 
         assert not writer.done.any()
 
 
-def test_nothing_behind_an_error_is_committed(tmp_path: Path) -> None:
+def test_nothing_behind_an_error_is_written(tmp_path: Path) -> None:
     with begin(tmp_path / "a.h5") as writer:
-        gate = Gate(writer)
-        gate.error = StorageError("the disk is full")
-        transfer = Transfer(writer, slot_bytes=SLOT, slots=ROWS + 1)
-        for name, row, block, tensor in list(rows())[: ROWS + 1]:
+        asked: list[int] = []
+        gate, put = threading.Event(), writer.put
+
+        def full_once(name: str, row: int | None, block: int, tensor: Tensor) -> None:
+            assert gate.wait(20)
+            asked.append(block)
+            if len(asked) == 1:
+                raise StorageError("the disk is full")
+            put(name, row, block, tensor)
+
+        writer.put = full_once  # type: ignore[method-assign]
+        transfer = Transfer(writer, slot_bytes=SLOT, slots=2 * ROWS + 2)
+        for name, row, block, tensor in list(rows())[: 2 * ROWS + 2]:
             transfer.send(name, row, block, tensor)
-        transfer.commit(0, exact=True, worst=0.0, where=0)
-        gate.opened.set()
+        for block in (0, 1):
+            transfer.commit(block, exact=True, worst=0.0, where=0)
+        gate.set()
         with pytest.raises(StorageError, match="the disk is full"):
             transfer.close()
         with pytest.raises(StorageError, match="the disk is full"):
-            transfer.commit(1, exact=True, worst=0.0, where=0)
+            transfer.commit(2, exact=True, worst=0.0, where=0)
+        assert asked == [0]
         assert not writer.done.any()
 
 
@@ -218,6 +229,32 @@ def test_what_does_not_fit_is_refused_at_once(tmp_path: Path) -> None:
         transfer.send(HALF.name, None, 0, torch.zeros(STEP, WIDTH))
         with pytest.raises(UsageError, match="at least one slot"):
             Transfer(writer, slot_bytes=SLOT, slots=0)
+
+
+def test_a_failed_copy_gives_its_slot_back(tmp_path: Path) -> None:
+    with begin(tmp_path / "a.h5") as writer, Transfer(writer, slot_bytes=SLOT, slots=1) as transfer:
+        for _ in range(2):
+            with pytest.raises(NotImplementedError):
+                transfer.send(ITEM.name, 0, 0, torch.empty(STEP, WIDTH, device="meta"))
+        assert transfer.free_slots == 1
+
+
+def test_a_failure_wakes_who_waits_for_a_slot() -> None:
+    pool, caught = SlotPool(1, 8), list[BaseException]()
+    pool.take()
+
+    def wait() -> None:
+        try:
+            pool.take()
+        except StorageError as error:
+            caught.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    time.sleep(0.05)
+    pool.fail(StorageError("the disk is full"))
+    waiting.join(5)
+    assert [str(error) for error in caught] == ["the disk is full"]
 
 
 def test_a_pool_keeps_its_first_error() -> None:
