@@ -151,12 +151,8 @@ def _captured(captured: Capture, path: Path) -> dict[str, Any]:
 
 def _verdict(row: dict[str, Any]) -> str:
     if row["exact_blocks"] == row["blocks"]:
-        return (
-            f"proved: in all {human(row['blocks'])} blocks the writes add up to the model's own states, bit for bit"
-        )
+        return f"proved: in all {human(row['blocks'])} blocks the writes add up to the model's own states, bit for bit"
     return (
         f"{human(row['exact_blocks'])} of {human(row['blocks'])} blocks add up bit for bit; the largest relative "
         f"error is {human(row['worst_error'])}"
     )
-
-

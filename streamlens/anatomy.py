@@ -259,9 +259,7 @@ def _stream(raw: Mapping[str, Any]) -> Stream:
             Sublayer(**{**s, "write": _point(s["write"]), "value_mix": _point(s["value_mix"])})
             for s in raw["sublayers"]
         ),
-        steps=tuple(
-            Step(tuple(s["sublayers"]), _instructions(s["instructions"]), s["scale"]) for s in raw["steps"]
-        ),
+        steps=tuple(Step(tuple(s["sublayers"]), _instructions(s["instructions"]), s["scale"]) for s in raw["steps"]),
         states=tuple(State(_point(s["used"]), _point(s["made"]), s["argument"]) for s in raw["states"]),
         norms=tuple(Norm(**n) for n in raw["norms"]),
         bypasses=tuple(Bypass(b["module"], b["visit"], b["state"], _freeze(b["output"])) for b in raw["bypasses"]),

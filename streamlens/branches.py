@@ -12,10 +12,12 @@ _FUSED_ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attentio
 _SOFTMAXES = frozenset({"_softmax", "_safe_softmax", "softmax"})
 _BATCHED = frozenset({"bmm", "baddbmm", "matmul"})
 _POSITION_MIXERS = frozenset(
-    "convolution cumsum _fft_r2c _fft_c2c logcumsumexp associative_scan conv1d cumprod mkldnn_rnn_layer".split()
+    ["convolution", "cumsum", "_fft_r2c", "_fft_c2c", "logcumsumexp", "associative_scan", "conv1d", "cumprod", "mkldnn_rnn_layer"]
 )
-_PASSING = frozenset("mul add sub div _to_copy native_dropout dropout cat slice masked_fill where constant_pad_nd".split())
-NORM_OPS = frozenset("native_layer_norm _fused_rms_norm rsqrt linalg_vector_norm var var_mean".split())
+_PASSING = frozenset(
+    ["mul", "add", "sub", "div", "_to_copy", "native_dropout", "dropout", "cat", "slice", "masked_fill", "where", "constant_pad_nd"]
+)
+NORM_OPS = frozenset(["native_layer_norm", "_fused_rms_norm", "rsqrt", "linalg_vector_norm", "var", "var_mean"])
 _RANK: dict[Kind, int] = {"attn": 0, "cross_attn": 1, "mixer": 2, "mlp": 3}
 
 
@@ -87,7 +89,7 @@ class Classifier:
     def _activations(self, op: Op, own: set[int]) -> int:
         """Count the operands that are activations: of this branch, or of another stream (not weights)."""
         sources = {self.graph.canonical(i) for i in op.inputs}
-        return sum(1 for s in sources if s in own or self.graph.nodes[s].op is not None and self._from_activation(s))
+        return sum(1 for s in sources if s in own or (self.graph.nodes[s].op is not None and self._from_activation(s)))
 
     def _from_activation(self, node: int) -> bool:
         return any(node in self.graph.reachable_from(s) for s in self.graph.sources_once)

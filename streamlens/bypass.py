@@ -22,7 +22,9 @@ def find(graph: Graph, states: Sequence[int]) -> tuple[Bypass, ...]:
     state, because a stand-in of that shape takes its place.
     """
     executions = graph.trace.executions
-    heavy = [e for i, e in enumerate(executions) if e.parent is not None and _multiplies(graph, e) and _alone(executions, i)]
+    heavy = [
+        e for i, e in enumerate(executions) if e.parent is not None and _multiplies(graph, e) and _alone(executions, i)
+    ]
     found: dict[tuple[str, int], Bypass] = {}
     shape = graph.nodes[states[0]].shape
     size = math.prod(shape), shape[-1]

@@ -115,9 +115,7 @@ def capture(
         seed=seed,
     )
     path = Path(out) if out is not None else default_path(model)
-    return run(
-        model, plan, path, seed=seed, allow_unproven=allow_unproven, overwrite=overwrite, progress=progress
-    )
+    return run(model, plan, path, seed=seed, allow_unproven=allow_unproven, overwrite=overwrite, progress=progress)
 
 
 def prepare(
@@ -152,9 +150,7 @@ def prepare(
     return Plan(pilot, feed, choice)
 
 
-def _with_windows(
-    module: nn.Module, corpus: Windows, batch_tokens: int, device: torch.device
-) -> tuple[Pilot, Feed]:
+def _with_windows(module: nn.Module, corpus: Windows, batch_tokens: int, device: torch.device) -> tuple[Pilot, Feed]:
     pilot = fly(module, probe_of_windows(module, corpus, False, device))
     position_first = pilot.anatomy.stream().position_first
     if position_first:

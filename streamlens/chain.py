@@ -104,8 +104,10 @@ def _residual(graph: Graph, start: int, end: int, region: frozenset[int]) -> Dia
         if not weighted:
             return None
         gated = any(_gated(graph, start, n) for n in region)
-        reason = "the state is multiplied by an activation on its way round the branch" if gated else (
-            "none of its terms is an unchanged earlier state" if not carriers else "the state is added to itself"
+        reason = (
+            "the state is multiplied by an activation on its way round the branch"
+            if gated
+            else ("none of its terms is an unchanged earlier state" if not carriers else "the state is added to itself")
         )
         return Puzzle(end, reason)
     if not all(_has_weights_on_path(graph, t.node, within, start) for t in terms):
@@ -125,7 +127,9 @@ def split_parallel(graph: Graph, diamond: Diamond, kind_of: object) -> Diamond:
         halves: tuple[int, ...] = ()
         if made is not None and base_name(made) in _ADDITIONS and _same_shape(graph, made):
             halves = _operands(graph, made)
-        if len(halves) == 2 and all(h in within and _has_weights_on_path(graph, h, within, diamond.start) for h in halves):
+        if len(halves) == 2 and all(
+            h in within and _has_weights_on_path(graph, h, within, diamond.start) for h in halves
+        ):
             kinds = [kind_of(h, within) for h in halves]  # type: ignore[operator]
             if kinds[0] != kinds[1] and "mlp" in kinds and not _nested(graph, halves, within):
                 assert made is not None

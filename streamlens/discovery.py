@@ -11,14 +11,13 @@ from torch import nn
 from streamlens import bypass, embedding, head, naming
 from streamlens.anatomy import Anatomy, Kind, Norm, Point, State, Step, Stream, Sublayer
 from streamlens.branches import Branch, Classifier, home, norm_nodes, placement, value_mix
-from streamlens.calling import Inputs, check_inputs, without_cache
+from streamlens.calling import check_inputs, without_cache
 from streamlens.chain import Diamond, Puzzle, Segment, Term, diamonds, split_parallel
 from streamlens.errors import AnatomyError
 from streamlens.graph import Graph, base_name
 from streamlens.layout import is_position_first, main_input
 from streamlens.norms import find_norms
 from streamlens.recording import NotReplayable, record
-from streamlens.replay import last
 from streamlens.watch import Op, watch
 
 
@@ -83,9 +82,7 @@ def _segments(graph: Graph) -> list[Segment]:
     return chosen
 
 
-def _joined(
-    graph: Graph, source: int, cuts: list[int], steps: list[Diamond], puzzles: list[Puzzle]
-) -> list[Segment]:
+def _joined(graph: Graph, source: int, cuts: list[int], steps: list[Diamond], puzzles: list[Puzzle]) -> list[Segment]:
     """Join neighbouring diamonds between which each token is treated alone."""
     runs: list[list[Diamond]] = []
     for step in steps:

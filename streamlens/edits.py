@@ -97,9 +97,8 @@ def run_from(
     # Copies, because a model that adds in place would write into the caller's tensor. The state is put both where it
     # is made and in place of what the bypassed modules return, since it may be made inside one of them.
     change = {index: lambda old: own.reshape(old.shape).clone()}
-    with passing_over(module, found, index, own.clone()):
-        with edit(module, anatomy, states=change, stream=found.name):
-            return invoke(module, prepared)
+    with passing_over(module, found, index, own.clone()), edit(module, anatomy, states=change, stream=found.name):
+        return invoke(module, prepared)
 
 
 @contextmanager

@@ -26,7 +26,9 @@ def describe(graph: Graph, source: int, first: int) -> tuple[tuple[Part, ...], t
     walked, frontier = _walk(graph, first)
     lifted = sorted({_lift(graph, node, walked) for node in frontier})
     tokens = graph.reachable_from(source)
-    named = sorted(((_label(graph, n, n in tokens, first), n) for n in lifted), key=lambda p: (_LABELS.index(p[0]), p[1]))
+    named = sorted(
+        ((_label(graph, n, n in tokens, first), n) for n in lifted), key=lambda p: (_LABELS.index(p[0]), p[1])
+    )
     parts, given, seen = [], {}, dict.fromkeys(_LABELS, 0)
     for index, (label, node) in enumerate(named):
         seen[label] += 1

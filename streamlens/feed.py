@@ -76,9 +76,7 @@ def feed_windows(
         return inputs
 
     loads = tuple(Load(b.start, b.count, b.length, build(b)) for b in windows.batches(batch_tokens))
-    return Feed(
-        loads, windows.ids, windows.doc, windows.position, windows.sha256, windows.description, windows.notes
-    )
+    return Feed(loads, windows.ids, windows.doc, windows.position, windows.sha256, windows.description, windows.notes)
 
 
 def feed_inputs(inputs: Inputs, docs: int, positions: int, batch_tokens: int, position_first: bool) -> Feed:

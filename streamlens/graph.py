@@ -14,13 +14,11 @@ from functools import cached_property
 from streamlens.watch import Call, Node, Op, Ref, Trace
 
 _VIEWS = frozenset(
-    "view _unsafe_view reshape _reshape_alias transpose permute t unsqueeze squeeze alias detach expand slice select "
-    "movedim swapaxes narrow flatten unflatten lift_fresh clone contiguous".split()
+    ["view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "unsqueeze", "squeeze", "alias", "detach", "expand", "slice", "select", "movedim", "swapaxes", "narrow", "flatten", "unflatten", "lift_fresh", "clone", "contiguous"]
 )
 _LOOKUPS = frozenset({"embedding", "index_select", "index", "gather"})
 MATMULS = frozenset(
-    "mm addmm bmm baddbmm convolution linear matmul dot mv addmv _convolution conv1d conv2d mkldnn_linear "
-    "_grouped_mm _scaled_mm einsum".split()
+    ["mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "matmul", "dot", "mv", "addmv", "_convolution", "conv1d", "conv2d", "mkldnn_linear", "_grouped_mm", "_scaled_mm", "einsum"]
 )
 
 

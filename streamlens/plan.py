@@ -39,10 +39,7 @@ class Choice:
 
     def identity(self) -> dict[str, Any]:
         """Return the choice as JSON values."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in vars(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -86,9 +83,7 @@ class Plan:
     @property
     def n_bytes(self) -> int:
         """Exact number of bytes of all captured tensors."""
-        return sum(
-            int(np.prod(i.shape(self.n_tokens), dtype=np.int64)) * i.dtype.itemsize for i in self.layout.items
-        )
+        return sum(int(np.prod(i.shape(self.n_tokens), dtype=np.int64)) * i.dtype.itemsize for i in self.layout.items)
 
     def _streams(self, pilot: Pilot, choice: Choice) -> tuple[Stream, ...]:
         names = choice.streams or tuple(s.name for s in pilot.anatomy.streams)

@@ -87,7 +87,9 @@ def run(
     for step in instructions:
         operator = OPERATORS.get(step.operator)
         if operator is None:
-            raise FormatError(f"the recorded step uses {step.operator!r}, which may not be replayed: the file was altered")
+            raise FormatError(
+                f"the recorded step uses {step.operator!r}, which may not be replayed: the file was altered"
+            )
         keywords = {k: resolve(v) for k, v in step.kwargs.items()}
         result = operator(*[resolve(v) for v in step.args], **keywords)
         known[step.output] = result[0] if isinstance(result, tuple) else result

@@ -67,7 +67,9 @@ def _layers(stream: Stream, layers: list[int], rows: tuple[Sublayer, ...], folde
 
 def _shape(stream: Stream, rows: tuple[Sublayer, ...]) -> tuple[object, ...]:
     first = rows[0].read
-    return tuple((s.kind, s.norm, s.heads, _generic(s), s.read - first, stream.steps[s.read].scale is None) for s in rows)
+    return tuple(
+        (s.kind, s.norm, s.heads, _generic(s), s.read - first, stream.steps[s.read].scale is None) for s in rows
+    )
 
 
 def _generic(sublayer: Sublayer) -> str:

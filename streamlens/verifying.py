@@ -79,9 +79,7 @@ def verify(path: str | Path, *, on_block: Callable[[int, int], None] | None = No
     return Verification(Path(path), problems, blocks, exact, verdict.worst, where, states, verdict.worst <= limit)
 
 
-def _add_up(
-    view: StreamView, total: Verdict, on_block: Callable[[int, int], None] | None
-) -> tuple[int, int, int]:
+def _add_up(view: StreamView, total: Verdict, on_block: Callable[[int, int], None] | None) -> tuple[int, int, int]:
     """Replay each block of a stream; return how many states it compares, how many blocks, how many were exact."""
     stream = view.anatomy
     known = [k for k in range(len(stream.states)) if view.holds_state(k)]

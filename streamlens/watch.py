@@ -256,9 +256,7 @@ def watch(module: nn.Module, inputs: Inputs) -> Trace:
     try:
         for path, child in module.named_modules():
             del path
-            handles.append(
-                child.register_forward_pre_hook(lambda m, _: recorder.enter(paths[id(m)]), prepend=True)
-            )
+            handles.append(child.register_forward_pre_hook(lambda m, _: recorder.enter(paths[id(m)]), prepend=True))
             handles.append(child.register_forward_hook(lambda m, _, output: recorder.leave(output)))
         with torch.no_grad(), eager_math(), _Dispatch(recorder), _Functions(recorder):
             output = invoke(module, inputs)

@@ -180,9 +180,10 @@ def test_value_mixes_give_the_attention_writes(tmp_path: Path) -> None:
 class TestNarrowed:
     def test_layers_and_kinds(self, tmp_path: Path) -> None:
         found = case("gpt2")
-        with taken(found, tmp_path / "all.h5") as whole, taken(
-            found, tmp_path / "some.h5", layers=[1, 2], kinds=["mlp"]
-        ) as some:
+        with (
+            taken(found, tmp_path / "all.h5") as whole,
+            taken(found, tmp_path / "some.h5", layers=[1, 2], kinds=["mlp"]) as some,
+        ):
             assert some.stream().labels == ("1_mlp_out", "2_mlp_out")
             for label in some.stream().labels:
                 assert same_bits(some.write(label), whole.write(label))
@@ -192,9 +193,10 @@ class TestNarrowed:
 
     def test_positions(self, tmp_path: Path) -> None:
         found = case("gpt2")
-        with taken(found, tmp_path / "all.h5") as whole, taken(
-            found, tmp_path / "some.h5", positions=[0, 4], compact=True
-        ) as some:
+        with (
+            taken(found, tmp_path / "all.h5") as whole,
+            taken(found, tmp_path / "some.h5", positions=[0, 4], compact=True) as some,
+        ):
             rows = np.isin(whole.tokens.position.numpy(), [0, 4])
             assert some.tokens.position.tolist() == [0, 4] * 3
             assert same_bits(some.writes.contiguous(), whole.writes[:, rows])

@@ -51,7 +51,9 @@ def test_a_polite_stop_exits_as_documented_and_resumes(
 ) -> None:
     out = tmp_path / "x.h5"
     partial = tmp_path / "x.h5.partial"
-    started = subprocess.Popen(command(out), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    started = subprocess.Popen(
+        command(out), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     deadline = time.monotonic() + 120
     while not partial.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -71,7 +73,9 @@ def test_a_polite_stop_exits_as_documented_and_resumes(
 
 def test_two_captures_into_one_file(tmp_path: Path) -> None:
     out = tmp_path / "x.h5"
-    first = subprocess.Popen(command(out), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    first = subprocess.Popen(
+        command(out), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "x.h5.partial").exists() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -119,9 +119,7 @@ def test_minilm_equals_hooks_written_by_hand(minilm: Model, tmp_path: Path) -> N
         outputs[f"{index}_attn_out"], outputs[f"{index}_mlp_out"] = block.attention.output.dense, block.output.dense
         inputs[f"{index}_attn_out"], inputs[f"{index}_mlp_out"] = block.attention, block.intermediate
     path = tmp_path / "full.h5"
-    with sl.capture(
-        minilm, window=WINDOW, max_tokens=TOKENS, batch_tokens=256, out=path, progress=False
-    ) as capture:
+    with sl.capture(minilm, window=WINDOW, max_tokens=TOKENS, batch_tokens=256, out=path, progress=False) as capture:
         assert capture.proof.exact
         assert [p.label for p in capture.anatomy.stream().parts] == ["embed", "pos_embed", "type_embed"]
         assert {s.norm for s in capture.anatomy.stream().sublayers} == {"post"}
