@@ -26,6 +26,7 @@ from benchmarks.memory import Memory, measure_apart, measure_here
 from benchmarks.peers import PACKAGES, NNsight, TransformerLens
 from benchmarks.report import Row, table, to_json
 from benchmarks.setting import BATCH_TOKENS, DTYPES, THREADS, Setting, make_setting
+from streamlens.errors import StreamlensError
 from streamlens.plan import Choice
 from streamlens.reader import open_capture
 
@@ -33,8 +34,8 @@ _YARDSTICK = "streamlens full"
 """What the others' numbers are compared with: it stores every write and every read."""
 
 CONTESTANTS: Mapping[str, Factory] = {
-    "body": partial(Forward, name="body", head=False),
-    "body+head": partial(Forward, name="body+head", head=True),
+    "body": partial(Forward, head=False),
+    "body+head": partial(Forward, head=True),
     _YARDSTICK: partial(Streamlens, choice=Choice(output=False), reference="body"),
     "streamlens compact": partial(Streamlens, choice=Choice(compact=True, output=False), reference="body"),
     "streamlens full+output": partial(Streamlens, choice=Choice(), reference="body+head"),
@@ -187,4 +188,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except StreamlensError as stopped:
+        sys.exit(str(stopped))

@@ -37,9 +37,10 @@ Factory = Callable[[Setting], Contestant]
 class Forward:
     """The forward pass alone: no hook, no file."""
 
-    def __init__(self, setting: Setting, *, name: str, head: bool) -> None:
+    reference = "body"
+
+    def __init__(self, setting: Setting, *, head: bool) -> None:
         """Say whether to run the head too."""
-        self.reference = name
         self._setting = setting
         self._callable = setting.module if head else setting.module.model
 

@@ -32,7 +32,7 @@ class Piece:
 
 
 class PlainFile:
-    """Datasets `write` and `read`, each (sublayer, token, d_model); bfloat16 as raw bits, since h5py has no name for it."""
+    """Datasets `write` and `read`, each (sublayer, token, d_model); bfloat16, unknown to h5py, as its raw bits."""
 
     def __init__(self, path: Path, setting: Setting) -> None:
         """Create the file."""

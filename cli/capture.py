@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from streamlens.reader import Capture
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType[tuple[int, ...]]):
     """Whole numbers and ranges: ``0-3,7``."""
 
     name = "LIST"

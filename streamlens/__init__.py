@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from streamlens.observe import observe as observe
     from streamlens.packing import pack as pack
     from streamlens.reader import Capture as Capture
-    from streamlens.reader import open_capture as open
+    from streamlens.reader import open_capture as open  # noqa: F401 - a public name
     from streamlens.verifying import verify as verify
 
 _HOMES = {

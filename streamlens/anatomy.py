@@ -1,9 +1,9 @@
-"""The anatomy of a transformer: its residual streams, what writes into them, and where each tensor is seen.
+r"""The anatomy of a transformer: its residual streams, what writes into them, and where each tensor is seen.
 
 One stream, drawn along its states (a *step* is all that happens between two of them):
 
     embed  pos_embed                      writes of step 0            writes of step 1
-       \\    /                                  |                           |
+       \    /                                  |                           |
         (+) -----> x_0 --+--------------------(+)--> P_0 --> x_1 --+------(+)--> P_1 --> x_2 ... --> head
                          |                     |                   |       |
                          +--> N_0 --> branch --+                   +--> ---+
@@ -12,7 +12,8 @@ A serial step has one write; a parallel layer has two writes that read the same 
 model and a norm in a post-norm one.
 
 Axis words used in every shape of the project: ``sublayer`` (row of a stream's writes), ``state`` (x_0 ... x_K),
-``layer`` (0-based block), ``doc``, ``position``, ``token`` (doc and position flattened), ``d_model``, ``vocab``, ``head``.
+``layer`` (0-based block), ``doc``, ``position``, ``token`` (doc and position flattened), ``d_model``, ``vocab``,
+``head``.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm that the stream itself passes through (not a branch's): after the embedding, after an addition, or final."""
+    """A norm that the stream itself passes through, not a branch's: after the embedding or an addition, or final."""
 
     label: str
     """``embed``, the label of the sublayer whose sum it normalises, or ``final``."""
@@ -140,7 +141,8 @@ class Bypass:
     state: int
     """Not needed when the run starts at this state or a later one."""
     output: Any
-    """What stands in for its output: ``"@state"`` or ``"@flat"`` (see `streamlens.bypass`), None, or a tuple of these."""
+    """What stands in for its output: ``"@state"`` or ``"@flat"`` (see the module `bypass`), None, or a tuple of
+    these."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,17 @@ _FUSED_ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attentio
 _SOFTMAXES = frozenset({"_softmax", "_safe_softmax", "softmax"})
 _BATCHED = frozenset({"bmm", "baddbmm", "matmul"})
 _POSITION_MIXERS = frozenset(
-    ["convolution", "cumsum", "_fft_r2c", "_fft_c2c", "logcumsumexp", "associative_scan", "conv1d", "cumprod", "mkldnn_rnn_layer"]
-)
+    {
+        "convolution", "cumsum", "_fft_r2c", "_fft_c2c", "logcumsumexp", "associative_scan", "conv1d", "cumprod",
+        "mkldnn_rnn_layer",
+    }
+)  # fmt: skip
 _PASSING = frozenset(
-    ["mul", "add", "sub", "div", "_to_copy", "native_dropout", "dropout", "cat", "slice", "masked_fill", "where", "constant_pad_nd"]
-)
+    {
+        "mul", "add", "sub", "div", "_to_copy", "native_dropout", "dropout", "cat", "slice", "masked_fill", "where",
+        "constant_pad_nd",
+    }
+)  # fmt: skip
 NORM_OPS = frozenset(["native_layer_norm", "_fused_rms_norm", "rsqrt", "linalg_vector_norm", "var", "var_mean"])
 _RANK: dict[Kind, int] = {"attn": 0, "cross_attn": 1, "mixer": 2, "mlp": 3}
 

@@ -41,10 +41,10 @@ def token_inputs(module: nn.Module, ids: Tensor) -> Inputs:
 
 def without_cache(module: nn.Module, inputs: Inputs) -> Inputs:
     """Ask for no key-value cache where forward knows one: it would be an output that bypasses the stream."""
-    if isinstance(inputs, Mapping) and "use_cache" not in inputs:
-        if "use_cache" in inspect.signature(module.forward).parameters:
-            return {**inputs, "use_cache": False}
-    return inputs
+    if not isinstance(inputs, Mapping) or "use_cache" in inputs:
+        return inputs
+    knows = "use_cache" in inspect.signature(module.forward).parameters
+    return {**inputs, "use_cache": False} if knows else inputs
 
 
 def check_inputs(inputs: Any) -> Inputs:
@@ -80,8 +80,8 @@ def main_output(result: Any) -> Tensor:
         if value.is_floating_point():
             return value
     raise AnatomyError(
-        f"the model returned {type(result).__name__} without a floating-point tensor in it: nothing to trace back from. "
-        "Wrap the model in a module whose forward returns the logits or the last hidden state."
+        f"the model returned {type(result).__name__} without a floating-point tensor in it: nothing to trace back "
+        "from. Wrap the model in a module whose forward returns the logits or the last hidden state."
     )
 
 

@@ -71,7 +71,10 @@ def capture(
         max_tokens: stop after so many tokens.
         batch_tokens: tokens run at once; one batch is one block of the file.
         compact: leave the reads out; they are served by exact replay.
-        layers, kinds, positions, streams: store only these.
+        layers: store only the sublayers of these blocks.
+        kinds: store only these kinds of sublayer: attn, cross_attn, mixer, mlp.
+        positions: store only these positions of each window.
+        streams: store only these streams.
         heads: also store the value mix that enters each attention's output projection.
         output: also store a summary of the logits (log-sum-exp, target logit, top-k).
         top_k: how many logits of each token to keep.

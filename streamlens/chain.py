@@ -7,9 +7,11 @@ cut itself, at most scaled, and every other term went through an operation with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+from streamlens.anatomy import Kind
 from streamlens.graph import MATMULS, Graph, base_name
 from streamlens.watch import Op
 
@@ -63,7 +65,7 @@ def diamonds(graph: Graph, cuts: Sequence[int], between: set[int]) -> tuple[list
     positions = {n: i for i, n in enumerate(order)}
     found: list[Diamond] = []
     puzzles: list[Puzzle] = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         region = frozenset(order[positions[start] + 1 : positions[end]])
         if not region:
             continue
@@ -115,7 +117,7 @@ def _residual(graph: Graph, start: int, end: int, region: frozenset[int]) -> Dia
     return Diamond(start, end, carriers[0], tuple(terms), region)
 
 
-def split_parallel(graph: Graph, diamond: Diamond, kind_of: object) -> Diamond:
+def split_parallel(graph: Graph, diamond: Diamond, kind_of: Callable[[int, set[int]], Kind]) -> Diamond:
     """Split a term that is itself the sum of an attention's and an MLP's output: a parallel layer.
 
     A sum within one sublayer (experts, a low-rank adapter) has two terms of the same kind and stays whole.
@@ -130,7 +132,7 @@ def split_parallel(graph: Graph, diamond: Diamond, kind_of: object) -> Diamond:
         if len(halves) == 2 and all(
             h in within and _has_weights_on_path(graph, h, within, diamond.start) for h in halves
         ):
-            kinds = [kind_of(h, within) for h in halves]  # type: ignore[operator]
+            kinds = [kind_of(h, within) for h in halves]
             if kinds[0] != kinds[1] and "mlp" in kinds and not _nested(graph, halves, within):
                 assert made is not None
                 terms.append(Term(halves[0], made, term.factor))

@@ -66,7 +66,7 @@ def _segments(graph: Graph) -> list[Segment]:
         cuts, between = graph.cuts(source, sink)
         steps, odd = diamonds(graph, cuts, between)
         puzzles += odd
-        found += _joined(graph, source, cuts, steps, puzzles)
+        found += _joined(graph, source, cuts, steps)
     chosen: list[Segment] = []
     taken: set[int] = set()
     for segment in sorted(found, key=lambda s: -len(s.diamonds)):
@@ -82,7 +82,7 @@ def _segments(graph: Graph) -> list[Segment]:
     return chosen
 
 
-def _joined(graph: Graph, source: int, cuts: list[int], steps: list[Diamond], puzzles: list[Puzzle]) -> list[Segment]:
+def _joined(graph: Graph, source: int, cuts: list[int], steps: list[Diamond]) -> list[Segment]:
     """Join neighbouring diamonds between which each token is treated alone."""
     runs: list[list[Diamond]] = []
     for step in steps:
@@ -90,7 +90,6 @@ def _joined(graph: Graph, source: int, cuts: list[int], steps: list[Diamond], pu
             runs[-1].append(step)
         else:
             runs.append([step])
-    del puzzles
     return [Segment(source, tuple(run), tuple(cuts)) for run in runs]
 
 

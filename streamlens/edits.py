@@ -93,7 +93,8 @@ def run_from(
     own = state.transpose(0, 1) if found.position_first else state
     target = found.states[index]
     if target.made is None:
-        return invoke(module, {**prepared, target.argument: own} if isinstance(prepared, Mapping) else own)
+        given = {**prepared, str(target.argument): own} if isinstance(prepared, Mapping) else own
+        return invoke(module, given)
     # Copies, because a model that adds in place would write into the caller's tensor. The state is put both where it
     # is made and in place of what the bypassed modules return, since it may be made inside one of them.
     change = {index: lambda old: own.reshape(old.shape).clone()}
@@ -103,7 +104,7 @@ def run_from(
 
 @contextmanager
 def passing_over(module: nn.Module, stream: Stream, index: int, filler: Tensor) -> Iterator[None]:
-    """Leave out, for as long as the context lasts, the module executions that a run from state `index` does not need."""
+    """Leave out, while the context lasts, the module executions that a run from state `index` does not need."""
     paths = dict(module.named_modules())
     planned: dict[str, dict[int, Bypass]] = {}
     for bypass in stream.bypasses:
@@ -126,13 +127,13 @@ def _skipped(module: nn.Module, visits: Mapping[int, Bypass], filler: Tensor) ->
         count += 1
         return original(*args, **kwargs) if bypass is None else _fill(bypass.output, filler)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
         if own is not None:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 def _fill(template: Any, filler: Tensor) -> Any:

@@ -8,18 +8,25 @@ when no edge of the data-flow graph jumps over it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 from streamlens.watch import Call, Node, Op, Ref, Trace
 
 _VIEWS = frozenset(
-    ["view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "unsqueeze", "squeeze", "alias", "detach", "expand", "slice", "select", "movedim", "swapaxes", "narrow", "flatten", "unflatten", "lift_fresh", "clone", "contiguous"]
-)
+    {
+        "view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "unsqueeze", "squeeze",
+        "alias", "detach", "expand", "slice", "select", "movedim", "swapaxes", "narrow", "flatten", "unflatten",
+        "lift_fresh", "clone", "contiguous",
+    }
+)  # fmt: skip
 _LOOKUPS = frozenset({"embedding", "index_select", "index", "gather"})
 MATMULS = frozenset(
-    ["mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "matmul", "dot", "mv", "addmv", "_convolution", "conv1d", "conv2d", "mkldnn_linear", "_grouped_mm", "_scaled_mm", "einsum"]
-)
+    {
+        "mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "matmul", "dot", "mv", "addmv", "_convolution",
+        "conv1d", "conv2d", "mkldnn_linear", "_grouped_mm", "_scaled_mm", "einsum",
+    }
+)  # fmt: skip
 
 
 def base_name(op: Op) -> str:
@@ -122,7 +129,7 @@ class Graph:
         return derived
 
     def cuts(self, source: int, sink: int) -> tuple[list[int], set[int]]:
-        """Return the tensors that every path from `source` to `sink` passes, in order, and all tensors on such paths."""
+        """Return the tensors that every path from `source` to `sink` passes, in order, and all on such paths."""
         forward = self.reachable(source)
         if sink not in forward:
             return [], set()
@@ -171,11 +178,11 @@ def _numel(node: Node) -> int:
     return product
 
 
-def _closure(start: Iterable[int], neighbours: object) -> set[int]:
+def _closure(start: Iterable[int], neighbours: Callable[[int], Iterable[int]]) -> set[int]:
     seen = set(start)
     stack = list(seen)
     while stack:
-        for other in neighbours(stack.pop()):  # type: ignore[operator]
+        for other in neighbours(stack.pop()):
             if other not in seen:
                 seen.add(other)
                 stack.append(other)

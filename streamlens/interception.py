@@ -71,13 +71,13 @@ class Interception(TorchFunctionMode):
             child = paths[path]
             self._handles.append(child.register_forward_pre_hook(self._entering(path), prepend=True))
             self._handles.append(child.register_forward_hook(self._leaving))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's own
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # torch's own
         for handle in reversed(self._handles):
             handle.remove()
         self._handles.clear()
@@ -87,11 +87,11 @@ class Interception(TorchFunctionMode):
     @contextmanager
     def _again(self) -> Iterator[None]:
         """Intercept inside a call that is already being intercepted."""
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's own
         try:
             yield
         finally:
-            super().__exit__(None, None, None)
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch's own
 
     def _entering(self, path: str) -> Callable[[nn.Module, Any], None]:
         def enter(module: nn.Module, args: Any) -> None:

@@ -73,7 +73,7 @@ def _branch_key(place: Place) -> Hashable:
 
 
 def _plausible(places: Sequence[Place], keys: Sequence[Hashable]) -> bool:
-    """Reject a grouping in which one block has two attentions (or mixers) one after the other, or which has one block."""
+    """Reject a grouping in which one block has two attentions, or mixers, one after the other."""
     openers: dict[Hashable, set[int]] = {}
     for place, key in zip(places, keys, strict=True):
         if place.kind in _OPENERS:

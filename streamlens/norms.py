@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from streamlens.anatomy import Instruction, Norm
 from streamlens.graph import Graph
+
+Form = Literal["layer_norm", "rms_norm"]
+_Described = tuple[Form, float, str, str | None, str | None]
+"""Form, epsilon, what is normalised, gain, bias."""
 
 
 def find_norms(
@@ -36,7 +41,7 @@ def find_norms(
     return tuple(found)
 
 
-def _fused(step: Instruction) -> tuple[str, float, str, str | None, str | None] | None:
+def _fused(step: Instruction) -> _Described | None:
     if step.operator == "aten.native_layer_norm.default":
         source, _, weight, bias, epsilon = step.args
         return "layer_norm", float(epsilon), source, _parameter(weight), _parameter(bias)
@@ -46,9 +51,7 @@ def _fused(step: Instruction) -> tuple[str, float, str, str | None, str | None] 
     return None
 
 
-def _written_out(
-    step: Instruction, made: Mapping[str, Instruction]
-) -> tuple[str, float, str, str | None, str | None] | None:
+def _written_out(step: Instruction, made: Mapping[str, Instruction]) -> _Described | None:
     """Match rsqrt(mean(x ** 2) + eps), with x as it is or minus its mean, and rsqrt(var(x) + eps)."""
     if step.operator != "aten.rsqrt.default":
         return None

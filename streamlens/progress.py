@@ -34,7 +34,16 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args: tokens in all; the word in front of the bar; tokens done by an earlier run; whether to show anything; where; a clock."""
+        """Prepare, without showing anything yet.
+
+        Args:
+            total_tokens: tokens in all.
+            label: the word in front of the bar.
+            done_tokens: tokens done by an earlier run.
+            enabled: whether to show anything at all.
+            stream: where to write; stderr by default.
+            clock: counts seconds.
+        """
         self.total_tokens = total_tokens
         self.label = label
         self.enabled = enabled

@@ -150,7 +150,7 @@ class _Recorder:
         frames = tuple(e.frame for e in self.stack)
         op = Op(len(self.ops), str(func), func, *template, tuple(before), (), frames, self.call)
         self.ops.append(op)
-        mutated = [t for t in _written(func, args, kwargs)]
+        mutated = list(_written(func, args, kwargs))
         outputs = []
         for tensor in mutated:
             outputs.append(self._mutate(tensor, op))
@@ -212,9 +212,9 @@ class _Recorder:
             call.results[RESULT] = self.node(result)
 
 
-class _Dispatch(TorchDispatchMode):
+class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -93,7 +93,7 @@ class TestAgainstTheModel:
 
 def test_both_streams_of_an_encoder_decoder_are_kept_when_they_are_equally_long(tmp_path: Path) -> None:
     found = case("t5")
-    ids = found.inputs["input_ids"]  # type: ignore[index,call-overload]
+    ids = found.inputs["input_ids"]  # type: ignore[index]
     with sl.capture(found.module, tokens=ids, window=11, out=tmp_path / "t5.h5", progress=False) as capture:
         assert capture.proof.exact
         assert set(capture.streams) == {"encoder", "decoder"}
@@ -112,7 +112,7 @@ def test_streams_of_different_length_are_captured_one_at_a_time(tmp_path: Path) 
 
 def test_output_summary_against_a_plain_loop(tmp_path: Path) -> None:
     found = case("gpt2")
-    ids = found.inputs["input_ids"]  # type: ignore[index,call-overload]
+    ids = found.inputs["input_ids"]  # type: ignore[index]
     with torch.no_grad():
         logits = invoke(found.module, found.inputs).double()
     with sl.capture(
@@ -136,7 +136,7 @@ def test_output_summary_against_a_plain_loop(tmp_path: Path) -> None:
 
 def test_the_target_of_an_encoder_is_the_token_itself(tmp_path: Path) -> None:
     found = case("bert")
-    ids = found.inputs["input_ids"]  # type: ignore[index,call-overload]
+    ids = found.inputs["input_ids"]  # type: ignore[index]
     with torch.no_grad():
         logits = invoke(found.module, found.inputs)
     with sl.capture(found.module, tokens=ids, window=11, out=tmp_path / "x.h5", progress=False) as capture:
@@ -380,7 +380,8 @@ class TestErrorsBeforeTheFirstForward:
                 self.layer = nn.Linear(8, 8)
 
             def forward(self, x: Tensor) -> Tensor:
-                return x + self.layer(x) + torch.randn_like(x)
+                written: Tensor = self.layer(x) + torch.randn_like(x)
+                return x + written
 
         with pytest.raises((ProofError, sl.errors.AnatomyError)):
             sl.capture(wrap(Noisy(), "noisy", {}), inputs=torch.randn(2, 3, 8), out=tmp_path / "x.h5", progress=False)
@@ -389,7 +390,7 @@ class TestErrorsBeforeTheFirstForward:
 def test_the_head_is_not_computed_when_nothing_needs_it(tmp_path: Path) -> None:
     found = case("gpt2")
     calls: list[int] = []
-    handle = found.module.lm_head.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr,operator]
+    handle = found.module.lm_head.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
     try:
         from streamlens.capturing import prepare, run
         from streamlens.plan import Choice

@@ -124,7 +124,8 @@ class _LowRank(nn.Module):
         self.full, self.down, self.up = nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(2, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + (self.full(x) + self.up(self.down(x)))
+        written: Tensor = self.full(x) + self.up(self.down(x))
+        return x + written
 
 
 def test_the_sum_inside_an_adapter_is_one_write() -> None:
@@ -140,7 +141,8 @@ class _TokenMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.over_positions(x.transpose(1, 2)).transpose(1, 2)
-        return x + self.over_channels(x)
+        written: Tensor = self.over_channels(x)
+        return x + written
 
 
 def test_a_linear_map_over_positions_is_a_mixer() -> None:

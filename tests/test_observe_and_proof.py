@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,7 +107,7 @@ def test_dropping_nothing_is_the_baseline_and_dropping_something_is_not(name: st
 
 def test_zeroing_a_write_equals_a_forward_written_by_hand() -> None:
     found = case("nanogpt")
-    model = found.module
+    model: Any = found.module
     ids = found.inputs if isinstance(found.inputs, Tensor) else next(iter(found.inputs.values()))
     with torch.no_grad():
         inner = model.transformer
@@ -137,9 +139,9 @@ def test_an_edited_state_is_read_and_carried_on() -> None:
     shift = torch.randn(found.anatomy.stream().d_model)
     with torch.no_grad(), observe(found.module, found.anatomy) as before:
         invoke(found.module, found.inputs)
-    with torch.no_grad(), observe(found.module, found.anatomy) as after:
-        with edit(found.module, found.anatomy, states={2: lambda x: x + shift}):
-            invoke(found.module, found.inputs)
+    shifted = edit(found.module, found.anatomy, states={2: lambda x: x + shift})
+    with torch.no_grad(), observe(found.module, found.anatomy) as after, shifted:
+        invoke(found.module, found.inputs)
     assert same_bits(after.states["main"][2], before.states["main"][2] + shift)
     assert not same_bits(after.writes["main"][2], before.writes["main"][2])
     assert same_bits(after.writes["main"][1], before.writes["main"][1])
@@ -149,7 +151,7 @@ def test_gradients_flow_through_edits_and_observation() -> None:
     found = case("gpt2")
     leaf = torch.zeros(found.anatomy.stream().d_model, requires_grad=True)
     with edit(found.module, found.anatomy, writes={1: lambda w: w + leaf}):
-        invoke(found.module, found.inputs).square().sum().backward()
+        torch.autograd.backward(invoke(found.module, found.inputs).square().sum())
     assert leaf.grad is not None
     assert leaf.grad.abs().sum() > 0
 
@@ -171,9 +173,9 @@ def test_an_index_out_of_range_is_refused() -> None:
 
 
 def test_an_anatomy_of_another_model_is_refused() -> None:
-    with pytest.raises(AnatomyError, match="belongs to another model"):
-        with observe(case("bert").module, case("gpt2").anatomy):
-            pass
+    watching = observe(case("bert").module, case("gpt2").anatomy)
+    with pytest.raises(AnatomyError, match="belongs to another model"), watching:
+        pass
 
 
 def test_the_bound_is_two_roundings() -> None:

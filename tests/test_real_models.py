@@ -78,9 +78,9 @@ def batches(capture: sl.Capture) -> Iterator[tuple[int, int, Tensor]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_smollm2_equals_hooks_written_by_hand(smollm2: Model, dtype: torch.dtype, tmp_path: Path) -> None:
-    module = smollm2.module.to(dtype)
+    module: Any = smollm2.module.to(dtype)
     outputs, inputs = {}, {}
-    for index, block in enumerate(module.model.layers):  # type: ignore[union-attr,arg-type]
+    for index, block in enumerate(module.model.layers):
         outputs[f"{index}_attn_out"], outputs[f"{index}_mlp_out"] = block.self_attn, block.mlp
         inputs[f"{index}_attn_out"], inputs[f"{index}_mlp_out"] = block.input_layernorm, block.post_attention_layernorm
     model = sl.load(module) if dtype != torch.float32 else smollm2
@@ -105,7 +105,7 @@ def test_smollm2_equals_hooks_written_by_hand(smollm2: Model, dtype: torch.dtype
                 assert same_bits(capture.read(label)[start:stop], reads.seen[label].flatten(0, 1))
             final = capture.final[start:stop].reshape(*batch.shape, -1)
             with torch.no_grad():
-                assert same_bits(module.lm_head(module.model.norm(final)), logits)  # type: ignore[union-attr,operator]
+                assert same_bits(module.lm_head(module.model.norm(final)), logits)
         assert same_bits(compact.reads, capture.reads)
     assert verify(path).ok
     module.to(torch.float32)
@@ -113,9 +113,9 @@ def test_smollm2_equals_hooks_written_by_hand(smollm2: Model, dtype: torch.dtype
 
 def test_minilm_equals_hooks_written_by_hand(minilm: Model, tmp_path: Path) -> None:
     """Post-norm: the write is the output of the dense layer, not of the module called attention."""
-    module = minilm.module
+    module: Any = minilm.module
     outputs, inputs = {}, {}
-    for index, block in enumerate(module.encoder.layer):  # type: ignore[union-attr,arg-type]
+    for index, block in enumerate(module.encoder.layer):
         outputs[f"{index}_attn_out"], outputs[f"{index}_mlp_out"] = block.attention.output.dense, block.output.dense
         inputs[f"{index}_attn_out"], inputs[f"{index}_mlp_out"] = block.attention, block.intermediate
     path = tmp_path / "full.h5"
