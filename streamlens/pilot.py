@@ -81,6 +81,7 @@ def fly(module: nn.Module, inputs: Inputs, anatomy: Anatomy | None = None) -> Pi
         plain = invoke(module, prepared)
         with observing(module, found, trial, mixes=True):
             watched = invoke(module, prepared)
+        trial.verdict.resolve()
         if not same_bits(plain, watched):
             raise ProofError(
                 "the model gives other outputs while it is watched: it looks at its own hooks, or draws random "

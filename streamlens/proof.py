@@ -8,7 +8,7 @@ decides, against `bound`; never a cosine, which cannot see a wrong factor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,15 +31,20 @@ def bound(dtype: torch.dtype) -> float:
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
     """Tell whether two tensors hold the same bits (a NaN equals itself, 0.0 does not equal -0.0)."""
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    bits = _BITS[first.dtype.itemsize]
-    return torch.equal(first.contiguous().view(bits), second.contiguous().view(bits))
+    return first.dtype == second.dtype and first.shape == second.shape and torch.equal(_bits(first), _bits(second))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(_BITS[tensor.dtype.itemsize])
 
 
 @dataclass
 class Verdict:
-    """The outcome of the proof over some tokens."""
+    """The outcome of the proof over some tokens.
+
+    On an accelerator each comparison is only queued, and `resolve` waits for all of them at once: waiting for every
+    single one would stop the device once for each sublayer.
+    """
 
     exact: bool = True
     worst: float = 0.0
@@ -47,16 +52,32 @@ class Verdict:
     stream: str = ""
     state: int = -1
     """Where the largest error was: the state that was not reproduced."""
+    defer: bool | None = None
+    """Whether to queue comparisons; None queues those of tensors on an accelerator."""
+    _queued: list[tuple[str, int, Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     def note(self, stream: Stream, state: int, replayed: Tensor, seen: Tensor) -> None:
         """Take one more state into account."""
         replayed = replayed.reshape(seen.shape)
-        if same_bits(replayed, seen):
-            return
+        defer = seen.device.type != "cpu" if self.defer is None else self.defer
+        if defer:
+            different = (_bits(replayed) != _bits(seen)).any()
+            self._queued.append((stream.name, state, different, relative_error(replayed, seen)))
+        elif not same_bits(replayed, seen):
+            self._differs(stream.name, state, float(relative_error(replayed, seen)))
+
+    def resolve(self) -> None:
+        """Wait for the queued comparisons and take them into account."""
+        for stream, state, different, error in self._queued:
+            if bool(different):
+                self._differs(stream, state, float(error))
+        self._queued.clear()
+
+    def _differs(self, stream: str, state: int, error: float) -> None:
         self.exact = False
-        error = relative_error(replayed, seen)
+        error = error if error == error else float("inf")
         if error >= self.worst:
-            self.worst, self.stream, self.state = error, stream.name, state
+            self.worst, self.stream, self.state = error, stream, state
 
     def fail(self, stream: Stream, state: int) -> None:
         """Record a state that could not be replayed at all, because something that goes into it was never seen."""
@@ -93,11 +114,11 @@ def place(stream: Stream, state: int) -> str:
     return f"x_{state} of stream {stream.name!r} (after {' and '.join(labels)})"
 
 
-def relative_error(replayed: Tensor, seen: Tensor) -> float:
-    """Return ||replayed - seen|| / ||seen||, in float64; infinite where it is not a number."""
+def relative_error(replayed: Tensor, seen: Tensor) -> Tensor:
+    """Return ||replayed - seen|| / ||seen||, a float64 scalar on the tensors' device."""
     truth = seen.double()
-    error = float((replayed.double() - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny))
-    return error if error == error else float("inf")
+    error: Tensor = (replayed.double() - truth).norm()
+    return error / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 class Replay:

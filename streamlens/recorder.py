@@ -167,6 +167,7 @@ def record(
             recorder = _Recorder(plan, transfer, parameters, int(number))
             _run(module, anatomy, block, recorder)
             verdict = recorder.verdict
+            verdict.resolve()
             if not allow_unproven:
                 stream = anatomy.stream(verdict.stream or None)
                 verdict.demand(stream, plan.pilot.dtypes[f"{stream.name}/read"])

@@ -15,7 +15,7 @@ from streamlens.edits import edit, run_from
 from streamlens.errors import AnatomyError, UsageError
 from streamlens.observe import Observation, observe, tokens
 from streamlens.pilot import fly, parameters_of
-from streamlens.proof import bound, same_bits
+from streamlens.proof import Verdict, bound, same_bits
 from streamlens.replay import replay_states
 from tests.conftest import Case, case
 
@@ -176,6 +176,21 @@ def test_an_anatomy_of_another_model_is_refused() -> None:
     watching = observe(case("bert").module, case("gpt2").anatomy)
     with pytest.raises(AnatomyError, match="belongs to another model"), watching:
         pass
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_comparisons_give_the_same_verdict_at_once_and_queued(defer: bool) -> None:
+    """Queued is how they run on an accelerator."""
+    stream = case("gpt2").anatomy.stream()
+    seen = torch.randn(3, 11, 32)
+    wrong = seen + 1e-3 * torch.randn_like(seen)
+    verdict = Verdict(defer=defer)
+    for state, replayed in enumerate([seen.clone(), wrong, seen + 1e-6]):
+        verdict.note(stream, state, replayed, seen)
+    verdict.resolve()
+    assert not verdict.exact
+    assert verdict.state == 1
+    assert verdict.worst == pytest.approx(float((wrong - seen).double().norm() / seen.double().norm()))
 
 
 def test_the_bound_is_two_roundings() -> None:
