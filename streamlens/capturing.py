@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from streamlens.calling import check_inputs
 from streamlens.checkpoint import load
 from streamlens.corpus import Windows, windows_for
+from streamlens.documents import Text
 from streamlens.errors import UsageError
 from streamlens.feed import Feed, feed_inputs, feed_windows, probe_of_inputs, probe_of_windows
 from streamlens.file_layout import dtype_name
@@ -34,7 +36,7 @@ DEFAULT_BATCH_TOKENS = 2048
 def capture(
     source: Model | nn.Module | str | Path,
     *,
-    text: str | Iterable[str] | None = None,
+    text: Text | None = None,
     tokens: Any = None,
     inputs: Any = None,
     out: str | Path | None = None,
@@ -62,7 +64,7 @@ def capture(
 
     Args:
         source: a loaded `Model`, any live module, or a path that `streamlens.load` understands.
-        text: one document or several; without `text`, `tokens` and `inputs`, English text that comes with Python.
+        text: one document or several (a `Path` is read); without `text`, `tokens` and `inputs`, English text that comes with Python.
         tokens: token ids: one sequence, or one for each document.
         inputs: forward's own arguments instead, a tensor or a dict: embeddings, images, two sides of a translation.
         out: the file; by default the source's name with ``.h5``, in the current folder.
@@ -101,31 +103,49 @@ def capture(
         ...     found.proof.exact, tuple(found.writes.shape)
         (True, (4, 20, 8))
     """
-    model = source if isinstance(source, Model) else load(source)
     choice = Choice(
         compact, _ints(layers), _texts(kinds), _ints(positions), _texts(streams), heads, output, top_k
     )  # fmt: skip
-    plan = prepare(
-        model,
-        choice,
-        text=text,
-        tokens=tokens,
-        inputs=inputs,
-        window=window,
-        ragged=ragged,
-        max_tokens=max_tokens,
-        batch_tokens=batch_tokens,
-        seed=seed,
-    )
-    path = Path(out) if out is not None else default_path(model)
-    return run(model, plan, path, seed=seed, allow_unproven=allow_unproven, overwrite=overwrite, progress=progress)
+    with _left_as_it_was(source):
+        model = source if isinstance(source, Model) else load(source)
+        plan = prepare(
+            model,
+            choice,
+            text=text,
+            tokens=tokens,
+            inputs=inputs,
+            window=window,
+            ragged=ragged,
+            max_tokens=max_tokens,
+            batch_tokens=batch_tokens,
+            seed=seed,
+        )
+        path = Path(out) if out is not None else default_path(model)
+        return run(model, plan, path, seed=seed, allow_unproven=allow_unproven, overwrite=overwrite, progress=progress)
+
+
+@contextmanager
+def _left_as_it_was(source: object) -> Iterator[None]:
+    """Give a live module back its own training mode and gradient flags: loading freezes it for the capture."""
+    if not isinstance(source, nn.Module):
+        yield
+        return
+    modes = {module: module.training for module in source.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in source.parameters()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, wanted in flags.items():
+            parameter.requires_grad_(wanted)
 
 
 def prepare(
     model: Model,
     choice: Choice,
     *,
-    text: str | Iterable[str] | None = None,
+    text: Text | None = None,
     tokens: Any = None,
     inputs: Any = None,
     windows: Windows | None = None,

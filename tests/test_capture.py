@@ -404,6 +404,18 @@ def test_the_head_is_not_computed_when_nothing_needs_it(tmp_path: Path) -> None:
         handle.remove()
 
 
+def test_a_live_module_keeps_its_mode_and_its_gradients(tmp_path: Path) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train()
+    model.layers[0].eval()
+    next(model.parameters()).requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    sl.capture(model, inputs=torch.randn(2, 5, 8), out=tmp_path / "x.h5", progress=False).close()
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
 def test_planned_bytes_are_exact(tmp_path: Path) -> None:
     from streamlens.capturing import prepare, run
     from streamlens.plan import Choice
