@@ -118,7 +118,8 @@ def relative_error(replayed: Tensor, seen: Tensor) -> Tensor:
     """Return ||replayed - seen|| / ||seen||, a float64 scalar on the tensors' device."""
     truth = seen.double()
     error: Tensor = (replayed.double() - truth).norm()
-    return error / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    scale: Tensor = truth.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return error / scale
 
 
 class Replay:
