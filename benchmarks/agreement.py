@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_file import Piece
-from streamlens.reader import Capture
+from streamlens.reader.opening import Capture
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from benchmarks.peers import PACKAGES, NNsight, TransformerLens
 from benchmarks.report import Row, table, to_json
 from benchmarks.setting import BATCH_TOKENS, DTYPES, THREADS, Setting, make_setting
 from streamlens.errors import StreamlensError
-from streamlens.plan import Choice
-from streamlens.reader import open_capture
+from streamlens.reader.opening import open_capture
+from streamlens.recorder.plan import Choice
 
 _YARDSTICK = "streamlens full"
 """What the others' numbers are compared with: it stores every write and every read."""

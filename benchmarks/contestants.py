@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from benchmarks.plain_file import Piece, PlainFile, plain_pieces
 from benchmarks.setting import BATCH_TOKENS, Setting
-from streamlens import capturing
-from streamlens.plan import Choice
-from streamlens.reader import open_capture
+from streamlens.reader.opening import open_capture
+from streamlens.recorder import capturing
+from streamlens.recorder.plan import Choice
 
 
 class Contestant(Protocol):

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamlens.checkpoint import load
-from streamlens.corpus import Windows, windows_for
+from streamlens.checkpoint.loading import load
+from streamlens.checkpoint.model import Model
+from streamlens.corpus.windows import Windows, windows_for
 from streamlens.errors import UsageError
-from streamlens.model import Model
 
 WINDOW = 256
 BATCH_TOKENS = 2048

@@ -15,8 +15,8 @@ from streamlens.cli.output import human, print_notes, print_rows
 from streamlens.errors import StorageError
 
 if TYPE_CHECKING:
-    from streamlens.plan import Plan
-    from streamlens.reader import Capture
+    from streamlens.reader.opening import Capture
+    from streamlens.recorder.plan import Plan
 
 
 class Numbers(click.ParamType[tuple[int, ...]]):
@@ -73,8 +73,8 @@ def command(
       streamlens capture model.pt --text book.txt --window 512 --compact --out book.h5
       streamlens capture SmolLM2.gguf --layers 0-3 --kinds mlp --dry-run
     """  # noqa: D301 - click reads the \b
-    from streamlens.capturing import DEFAULT_BATCH_TOKENS, default_path, prepare, run
-    from streamlens.plan import Choice
+    from streamlens.recorder.capturing import DEFAULT_BATCH_TOKENS, default_path, prepare, run
+    from streamlens.recorder.plan import Choice
 
     loaded = model.load()
     windows = corpus.windows(loaded, model.seed)

@@ -12,7 +12,7 @@ from streamlens.cli.output import human, human_count, print_notes, print_rows, t
 
 if TYPE_CHECKING:
     from streamlens.anatomy import Anatomy
-    from streamlens.reader import Capture
+    from streamlens.reader.opening import Capture
 
 
 @click.command("inspect")
@@ -28,7 +28,7 @@ def command(model: ModelOptions, as_json: bool) -> None:
       streamlens inspect --model mypackage.models:build
     """  # noqa: D301 - click reads the \b
     if model.source is not None and _is_hdf5(Path(model.source)):
-        from streamlens.reader import open_capture
+        from streamlens.reader.opening import open_capture
 
         with open_capture(model.source) as capture:
             _capture(capture, as_json)
@@ -44,9 +44,9 @@ def _is_hdf5(path: Path) -> bool:
 
 
 def _model(options: ModelOptions, as_json: bool) -> None:
-    from streamlens.corpus import windows_for
-    from streamlens.feed import PROBE_POSITIONS, probe_of_windows
-    from streamlens.pilot import fly, parameters_of
+    from streamlens.corpus.windows import windows_for
+    from streamlens.recorder.feed import PROBE_POSITIONS, probe_of_windows
+    from streamlens.recorder.pilot import fly, parameters_of
     from streamlens.tree import draw
 
     loaded = options.load()
@@ -67,7 +67,7 @@ def _model(options: ModelOptions, as_json: bool) -> None:
 
 
 def _capture(capture: Capture, as_json: bool) -> None:
-    from streamlens.health import examine
+    from streamlens.reader.health import examine
     from streamlens.tree import draw
 
     rows: list[dict[str, Any]] = []

@@ -13,8 +13,8 @@ import click
 from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
-    from streamlens.corpus import Windows
-    from streamlens.model import Model
+    from streamlens.checkpoint.model import Model
+    from streamlens.corpus.windows import Windows
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -47,7 +47,7 @@ class ModelOptions:
 
         import torch
 
-        from streamlens.checkpoint import load
+        from streamlens.checkpoint.loading import load
 
         torch.manual_seed(self.seed)
         return load(
@@ -80,8 +80,8 @@ class CorpusOptions:
             UsageError: more than one of --text, --jsonl and --tokens.
             CorpusError: text or ids that cannot be used with this model.
         """
-        from streamlens.corpus import windows_for
-        from streamlens.documents import jsonl_documents
+        from streamlens.corpus.documents import jsonl_documents
+        from streamlens.corpus.windows import windows_for
 
         if sum(map(bool, (self.text, self.jsonl, self.tokens))) > 1:
             raise UsageError("--text, --jsonl and --tokens exclude each other: pass one of them")

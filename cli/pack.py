@@ -23,7 +23,7 @@ def command(model: ModelOptions, out: Path, as_json: bool) -> None:
     Example:
       streamlens pack checkpoints/my-gpt --out model.pt
     """  # noqa: D301 - click reads the \b
-    from streamlens.packing import pack
+    from streamlens.checkpoint.packing import pack
 
     loaded = model.load()
     path = pack(loaded, out)

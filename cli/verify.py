@@ -23,8 +23,8 @@ def command(capture: Path, as_json: bool) -> None:
       streamlens verify model.h5
     """  # noqa: D301 - click reads the \b
     from streamlens.progress import Progress
-    from streamlens.reader import open_capture
-    from streamlens.verifying import verify
+    from streamlens.reader.opening import open_capture
+    from streamlens.reader.verifying import verify
 
     with open_capture(capture) as opened:
         total = opened.n_tokens * len(opened.streams)

@@ -19,31 +19,31 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from streamlens.anatomy import Anatomy as Anatomy
-    from streamlens.capturing import capture as capture
-    from streamlens.checkpoint import load as load
-    from streamlens.discovery import discover as discover
+    from streamlens.checkpoint.loading import load as load
+    from streamlens.checkpoint.model import Model as Model
+    from streamlens.checkpoint.packing import pack as pack
+    from streamlens.discovery.streams import discover as discover
     from streamlens.edits import edit as edit
     from streamlens.edits import run_from as run_from
-    from streamlens.model import Model as Model
     from streamlens.observe import observe as observe
-    from streamlens.packing import pack as pack
-    from streamlens.reader import Capture as Capture
-    from streamlens.reader import open_capture as open  # noqa: F401 - a public name
-    from streamlens.verifying import verify as verify
+    from streamlens.reader.opening import Capture as Capture
+    from streamlens.reader.opening import open_capture as open  # noqa: F401 - a public name
+    from streamlens.reader.verifying import verify as verify
+    from streamlens.recorder.capturing import capture as capture
 
 _HOMES = {
     "Anatomy": ("streamlens.anatomy", "Anatomy"),
-    "Capture": ("streamlens.reader", "Capture"),
-    "Model": ("streamlens.model", "Model"),
-    "capture": ("streamlens.capturing", "capture"),
-    "discover": ("streamlens.discovery", "discover"),
+    "Capture": ("streamlens.reader.opening", "Capture"),
+    "Model": ("streamlens.checkpoint.model", "Model"),
+    "capture": ("streamlens.recorder.capturing", "capture"),
+    "discover": ("streamlens.discovery.streams", "discover"),
     "edit": ("streamlens.edits", "edit"),
-    "load": ("streamlens.checkpoint", "load"),
+    "load": ("streamlens.checkpoint.loading", "load"),
     "observe": ("streamlens.observe", "observe"),
-    "open": ("streamlens.reader", "open_capture"),
-    "pack": ("streamlens.packing", "pack"),
+    "open": ("streamlens.reader.opening", "open_capture"),
+    "pack": ("streamlens.checkpoint.packing", "pack"),
     "run_from": ("streamlens.edits", "run_from"),
-    "verify": ("streamlens.verifying", "verify"),
+    "verify": ("streamlens.reader.verifying", "verify"),
 }
 
 __all__ = sorted(_HOMES)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from streamlens.anatomy import Anatomy, Bypass, Point, Stream
-from streamlens.bypass import FLAT, STATE
 from streamlens.calling import check_inputs, invoke, without_cache
+from streamlens.discovery.bypass import FLAT, STATE
 from streamlens.errors import UsageError
 from streamlens.interception import Interception, Reaction
 
@@ -42,7 +42,7 @@ def edit(
 
     Example:
         >>> import torch
-        >>> from streamlens.discovery import discover
+        >>> from streamlens.discovery.streams import discover
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
         >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
         >>> x = torch.randn(2, 5, 8)

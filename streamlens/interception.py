@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from streamlens.anatomy import RESULT, Anatomy, Point, Site
 from streamlens.calling import eager_math
 from streamlens.errors import AnatomyError
-from streamlens.opening import opened
+from streamlens.transparency import opened
 
 Reaction = Callable[[Tensor], Tensor | None]
 """Called with the tensor at a point; what it returns takes the tensor's place, None leaves it."""

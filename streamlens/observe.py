@@ -153,7 +153,7 @@ def observe(module: nn.Module, anatomy: Anatomy, *, mixes: bool = False) -> Iter
 
     Example:
         >>> import torch
-        >>> from streamlens.discovery import discover
+        >>> from streamlens.discovery.streams import discover
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
         >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
         >>> x = torch.randn(2, 5, 8)

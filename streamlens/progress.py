@@ -10,7 +10,7 @@ from typing import Self, TextIO
 
 from tqdm import tqdm
 
-from streamlens.file_layout import human_bytes
+from streamlens.store.layout import human_bytes
 
 
 class Progress:

@@ -21,7 +21,7 @@ def draw(anatomy: Anatomy) -> str:
 
     Example:
         >>> import torch
-        >>> from streamlens.discovery import discover
+        >>> from streamlens.discovery.streams import discover
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
         >>> print(draw(discover(model, torch.randn(2, 5, 8))))

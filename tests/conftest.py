@@ -15,7 +15,7 @@ from fixtures import zoo
 from fixtures.expected import Expected
 from streamlens.anatomy import Anatomy
 from streamlens.calling import Inputs, without_cache
-from streamlens.discovery import discover
+from streamlens.discovery.streams import discover
 
 torch.set_num_threads(1)
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import streamlens as sl
 from streamlens.calling import eager_math, invoke
+from streamlens.checkpoint.model import wrap
 from streamlens.errors import CorpusError, IntegrityError, MissingDataError, ProofError, UsageError
-from streamlens.model import wrap
 from streamlens.observe import observe, tokens
 from streamlens.proof import same_bits
-from streamlens.reader import Capture
-from streamlens.verifying import verify
+from streamlens.reader.opening import Capture
+from streamlens.reader.verifying import verify
 from tests.conftest import Case, case
 
 SHAPES = ["gpt2", "gptj", "gemma2", "bert", "user_post_norm", "transformer_pre", "vit", "inplace_into_branch", "mamba"]
@@ -392,8 +392,8 @@ def test_the_head_is_not_computed_when_nothing_needs_it(tmp_path: Path) -> None:
     calls: list[int] = []
     handle = found.module.lm_head.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
     try:
-        from streamlens.capturing import prepare, run
-        from streamlens.plan import Choice
+        from streamlens.recorder.capturing import prepare, run
+        from streamlens.recorder.plan import Choice
 
         model = wrap(found.module, "gpt2", {})
         plan = prepare(model, Choice(output=False), inputs=found.inputs)
@@ -417,8 +417,8 @@ def test_a_live_module_keeps_its_mode_and_its_gradients(tmp_path: Path) -> None:
 
 
 def test_planned_bytes_are_exact(tmp_path: Path) -> None:
-    from streamlens.capturing import prepare, run
-    from streamlens.plan import Choice
+    from streamlens.recorder.capturing import prepare, run
+    from streamlens.recorder.plan import Choice
 
     found = case("bert")
     model = wrap(found.module, "bert", {})

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fixtures import zoo
-from streamlens.checkpoint import Model, load
+from streamlens.checkpoint.loading import Model, load
+from streamlens.checkpoint.pretrained import quiet_and_offline
 from streamlens.errors import CheckpointError, UsageError
-from streamlens.pretrained import quiet_and_offline
 
 
 class Net(nn.Module):

@@ -18,16 +18,16 @@ import torch
 from click.testing import CliRunner
 
 from streamlens import errors
-from streamlens.capturing import DEFAULT_BATCH_TOKENS
-from streamlens.checkpoint import load
+from streamlens.checkpoint.loading import load
+from streamlens.checkpoint.model import Model
+from streamlens.checkpoint.nanogpt import NanoGPT, NanoGPTConfig
+from streamlens.checkpoint.tokenizers import ByteTokenizer
 from streamlens.cli.app import COMMANDS, LazyCommand, main
 from streamlens.cli.options import CorpusOptions, ModelOptions, corpus_options, model_options, output_options
 from streamlens.cli.output import bold, human, human_count, print_notes, print_rows, table
-from streamlens.corpus import DEFAULT_WINDOW, Windows
-from streamlens.model import Model
-from streamlens.nanogpt import NanoGPT, NanoGPTConfig
+from streamlens.corpus.windows import DEFAULT_WINDOW, Windows
 from streamlens.progress import Progress
-from streamlens.tokenizers import ByteTokenizer
+from streamlens.recorder.capturing import DEFAULT_BATCH_TOKENS
 
 # ---- the group ----------------------------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ def test_pack_writes_a_file_that_loads_as_the_same_model(tmp_path: Path) -> None
 
 def test_a_factorys_weights_follow_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_factory.py").write_text(
-        "from streamlens.nanogpt import NanoGPT, NanoGPTConfig\n"
+        "from streamlens.checkpoint.nanogpt import NanoGPT, NanoGPTConfig\n"
         "def make():\n"
         "    return NanoGPT(NanoGPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=4))\n"
     )

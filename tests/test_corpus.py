@@ -16,15 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from streamlens.corpus import (
-    DEFAULT_MAX_TOKENS,
-    DEFAULT_WINDOW,
-    Windows,
-    windows_for,
-    windows_from_ids,
-    windows_from_text,
-)
-from streamlens.documents import (
+from streamlens.checkpoint.model import Model
+from streamlens.checkpoint.tokenizers import ByteTokenizer
+from streamlens.corpus.documents import (
     builtin_documents,
     id_documents,
     jsonl_documents,
@@ -33,9 +27,15 @@ from streamlens.documents import (
     read_documents,
     text_documents,
 )
+from streamlens.corpus.windows import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_WINDOW,
+    Windows,
+    windows_for,
+    windows_from_ids,
+    windows_from_text,
+)
 from streamlens.errors import CorpusError, UsageError
-from streamlens.model import Model
-from streamlens.tokenizers import ByteTokenizer
 
 
 def model(tokenizer: ByteTokenizer | None, vocab_size: int | None, max_positions: int | None) -> Model:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from streamlens.verifying import verify
+from streamlens.reader.verifying import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = 50

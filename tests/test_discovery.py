@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from fixtures import zoo
 from streamlens.anatomy import Anatomy
-from streamlens.discovery import discover
+from streamlens.discovery.streams import discover
 from streamlens.errors import AnatomyError, MissingDataError, UsageError
 from tests.conftest import case
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fixtures.small_capture import write_all_blocks
-from streamlens.capture_file import MappedFile
 from streamlens.errors import FormatError, IntegrityError, UnsafeFileError
-from streamlens.file_integrity import verify
-from streamlens.hdf5 import Extent, create_dataset, extent, file_type, open_description, torch_dtype
+from streamlens.reader.mapped import MappedFile
+from streamlens.store.hdf5 import Extent, create_dataset, extent, file_type, open_description, torch_dtype
+from streamlens.store.integrity import verify
 
 
 def external_link(file: h5py.File, secret: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_circle_of_groups_ends(whole: Path) -> None:
 
 
 def test_too_many_objects_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamlens.hdf5._MAX_OBJECTS", 20)
+    monkeypatch.setattr("streamlens.store.hdf5._MAX_OBJECTS", 20)
     with h5py.File(tmp_path / "a.h5", "w") as file:
         for i in range(21):
             file.create_group(f"g{i}")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fixtures import zoo
-from streamlens import model as model_module
-from streamlens.checkpoint import fingerprint, load
+from streamlens.checkpoint import model as model_module
+from streamlens.checkpoint.limits import position_limit
+from streamlens.checkpoint.loading import fingerprint, load
 from streamlens.errors import CheckpointError
-from streamlens.limits import position_limit
 
 
 def test_fingerprint_is_the_hash_that_its_words_say() -> None:

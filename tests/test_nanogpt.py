@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamlens.checkpoint import load
+from streamlens.checkpoint.loading import load
+from streamlens.checkpoint.nanogpt import NanoGPT, NanoGPTConfig
 from streamlens.errors import CheckpointError
-from streamlens.nanogpt import NanoGPT, NanoGPTConfig
 
 CONFIG = NanoGPTConfig(block_size=13, vocab_size=29, n_layer=3, n_head=2, n_embd=8)
 ARGS = dataclasses.asdict(CONFIG) | {"dropout": 0.2}

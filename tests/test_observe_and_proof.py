@@ -14,8 +14,8 @@ from streamlens.calling import eager_math, invoke
 from streamlens.edits import edit, run_from
 from streamlens.errors import AnatomyError, UsageError
 from streamlens.observe import Observation, observe, tokens
-from streamlens.pilot import fly, parameters_of
 from streamlens.proof import Verdict, bound, same_bits
+from streamlens.recorder.pilot import fly, parameters_of
 from streamlens.replay import replay_states
 from tests.conftest import Case, case
 

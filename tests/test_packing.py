@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fixtures import zoo
-from streamlens.checkpoint import load
+from streamlens.checkpoint.loading import load
+from streamlens.checkpoint.model import Model
+from streamlens.checkpoint.nanogpt import NanoGPT, NanoGPTConfig
+from streamlens.checkpoint.packing import pack
+from streamlens.checkpoint.pretrained import tokenizer_in
+from streamlens.checkpoint.tokenizers import ByteTokenizer, HFTokenizer, JsonTokenizer, from_hf
 from streamlens.errors import CheckpointError, StorageError, UsageError
-from streamlens.model import Model
-from streamlens.nanogpt import NanoGPT, NanoGPTConfig
-from streamlens.packing import pack
-from streamlens.pretrained import tokenizer_in
-from streamlens.tokenizers import ByteTokenizer, HFTokenizer, JsonTokenizer, from_hf
 
 
 def nanogpt(**change: Any) -> Model:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fixtures.small_capture import flip, in_child, write_all_blocks
-from streamlens.capture_stream import LazyRows
-from streamlens.capturing import capture
 from streamlens.errors import FormatError, IntegrityError, MissingDataError, StreamlensError, UsageError
-from streamlens.reader import Capture, open_capture
+from streamlens.reader.opening import Capture, open_capture
+from streamlens.reader.stream import LazyRows
+from streamlens.recorder.capturing import capture
 
 D_MODEL, LAYERS, DOCS, LENGTH = 16, 3, 10, 6
 LABELS = ["0_attn_out", "0_mlp_out", "1_attn_out", "1_mlp_out", "2_attn_out", "2_mlp_out"]
@@ -299,7 +299,7 @@ def test_xarray_has_named_axes(full: Capture, compact: Capture, folder: Path) ->
 def test_without_xarray_the_way_out_is_named(full: Capture) -> None:
     body = (
         "import sys; sys.modules['xarray'] = None\n"
-        "from streamlens.reader import open_capture\n"
+        "from streamlens.reader.opening import open_capture\n"
         f"open_capture({str(full.path)!r}).to_xarray()"
     )
     root = str(Path(__file__).parents[1])

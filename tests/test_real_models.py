@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import streamlens as sl
-from streamlens.documents import builtin_documents
-from streamlens.model import Model
+from streamlens.checkpoint.model import Model
+from streamlens.corpus.documents import builtin_documents
 from streamlens.proof import same_bits
-from streamlens.verifying import verify
+from streamlens.reader.verifying import verify
 
 pytestmark = pytest.mark.real
 

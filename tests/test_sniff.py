@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from streamlens.checkpoint import load
+from streamlens.checkpoint.loading import load
+from streamlens.checkpoint.pickles import require_safe_torch
+from streamlens.checkpoint.sniff import FileKind, sniff
 from streamlens.errors import CheckpointError, StreamlensError, UnsafeFileError
-from streamlens.pickles import require_safe_torch
-from streamlens.sniff import FileKind, sniff
 
 
 def saved(path: Path, **options: Any) -> Path:

@@ -12,9 +12,9 @@ import torch
 
 from fixtures.small_capture import BLOCKS, IDENTITY, ITEMS, begin, fill, in_child, numbers, write_all_blocks
 from streamlens.errors import StorageError, UsageError
-from streamlens.file_integrity import verify
-from streamlens.file_layout import Item, Layout
-from streamlens.hdf5 import bfloat16_type, extent
+from streamlens.store.hdf5 import bfloat16_type, extent
+from streamlens.store.integrity import verify
+from streamlens.store.layout import Item, Layout
 
 
 @pytest.fixture

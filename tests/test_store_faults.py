@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from fixtures.small_capture import IDENTITY, ITEMS, begin, fill, flip, in_child, write_all_blocks
-from streamlens import store
 from streamlens.errors import FormatError, IntegrityError, StorageError, StreamlensError
-from streamlens.file_integrity import verify
-from streamlens.file_layout import Item
+from streamlens.store import writer as store
+from streamlens.store.integrity import verify
+from streamlens.store.layout import Item
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path: Path) -> None:
     if os.getuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("mounting a small tmpfs needs root and unshare")
     body = f"""import torch
-from streamlens.file_layout import Item
-from streamlens.store import CaptureWriter
+from streamlens.store.layout import Item
+from streamlens.store.writer import CaptureWriter
 items = [Item("/x", 4, 1 << 18, torch.float32)]
 CaptureWriter.open("{tmp_path}/a.h5", items=items, n_tokens=4, blocks=[(0, 4)], attrs={{}}, static={{}}, identity={{}})
 """

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from streamlens.errors import StorageError, UsageError
-from streamlens.file_integrity import verify
-from streamlens.file_layout import Item
-from streamlens.store import CaptureWriter
-from streamlens.transfer import SlotPool, Transfer
+from streamlens.store.integrity import verify
+from streamlens.store.layout import Item
+from streamlens.store.transfer import SlotPool, Transfer
+from streamlens.store.writer import CaptureWriter
 
 ROWS, TOKENS, WIDTH, BLOCKS = 4, 96, 24, 6
 ITEM = Item("/streams/main/write", ROWS, WIDTH, torch.float32)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from streamlens.checkpoint import load
+from streamlens.checkpoint.loading import load
+from streamlens.checkpoint.packing import pack
 from streamlens.errors import CheckpointError, StreamlensError, UnsafeFileError
-from streamlens.packing import pack
 
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"],

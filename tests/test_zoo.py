@@ -12,8 +12,8 @@ from torch import Tensor
 from fixtures import zoo
 from fixtures.expected import layers
 from fixtures.train import evaluate, split_text
-from streamlens.checkpoint import load
-from streamlens.nanogpt import NanoGPT
+from streamlens.checkpoint.loading import load
+from streamlens.checkpoint.nanogpt import NanoGPT
 
 ALL = (*zoo.names(), *zoo.NEGATIVE)
 KINDS = ("attn", "mlp", "cross_attn", "mixer")

@@ -1,0 +1,327 @@
+"""One residual stream of a capture: its writes, reads and states by name, whole or block by block."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from streamlens.anatomy import Stream, Sublayer
+from streamlens.errors import MissingDataError
+from streamlens.reader.mapped import MappedFile
+from streamlens.replay import replay_states
+
+Key = str | int | slice
+"""How to name sublayers: a label such as ``3_attn_out``, an index, or a slice of indices."""
+
+
+class LazyRows(Sequence[Tensor]):
+    """A sequence of tensors of which each is fetched when it is first asked for, and kept."""
+
+    def __init__(self, count: int, fetch: Callable[[int], Tensor]) -> None:
+        """Say how many there are and how to fetch one."""
+        self._fetch = fetch
+        self._kept: dict[int, Tensor] = {}
+        self._indices = range(count)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        """Return one, or a list of some."""
+        if isinstance(index, slice):
+            return [self[i] for i in self._indices[index]]
+        place = self._indices[index]
+        if place not in self._kept:
+            self._kept[place] = self._fetch(place)
+        return self._kept[place]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive tokens of a stream: what every analysis is fed, from a file or from a live run."""
+
+    start: int
+    stop: int
+    ids: Tensor
+    """(token,) int64."""
+    doc: Tensor
+    """(token,) int32."""
+    position: Tensor
+    """(token,) int32, within the document."""
+    parts: Sequence[Tensor]
+    """The embedding parts, in the order of `Stream.parts`; each (token, d_model)."""
+    states: Sequence[Tensor]
+    """x_0 ... x_K, one more than `Stream.steps`; each (token, d_model)."""
+    writes: Sequence[Tensor]
+    """One for each of `Stream.sublayers`; each (token, d_model)."""
+
+
+class StreamView:
+    """The stored tensors of one stream. Each is a mapped view unless it says that it is computed.
+
+    A narrowed capture (``--layers``, ``--kinds``) holds the sublayers in `stored` alone; asking for another raises
+    `MissingDataError`. In a compact capture reads and states are computed by exact replay, block by block.
+    """
+
+    def __init__(
+        self,
+        file: MappedFile,
+        anatomy: Stream,
+        stored: Sequence[int],
+        blocks: Sequence[tuple[int, int]],
+    ) -> None:
+        """Use `Capture.stream`."""
+        self.anatomy = anatomy
+        self.stored = tuple(stored)
+        self._file = file
+        self._base = f"/streams/{anatomy.name}"
+        self._row = {index: row for row, index in enumerate(self.stored)}
+        self._blocks = tuple(blocks)
+        self._reader = {anatomy.sublayers[i].read: row for i, row in self._row.items()}
+
+    def __repr__(self) -> str:
+        """Return one line: name, sizes and what is stored."""
+        stream, held = self.anatomy, len(self.stored)
+        some = "" if held == len(stream.sublayers) else f" ({held} stored)"
+        return (
+            f"<stream {self.name!r}: {len(stream.sublayers)} sublayers{some}, d_model {stream.d_model}, {self.dtype}>"
+        )
+
+    @property
+    def name(self) -> str:
+        """The stream's name: main, encoder or decoder."""
+        return self.anatomy.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the writes."""
+        return self.writes.dtype
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """(stored sublayer,) the names of the rows of `writes` and `reads`."""
+        return tuple(self.anatomy.sublayers[i].label for i in self.stored)
+
+    @property
+    def compact(self) -> bool:
+        """Whether reads are computed by replay instead of stored."""
+        return f"{self._base}/read" not in self._file
+
+    @property
+    def writes(self) -> Tensor:
+        """(stored sublayer, token, d_model) what each sublayer adds."""
+        return self._file.view(f"{self._base}/write")
+
+    @property
+    def reads(self) -> Tensor:
+        """(stored sublayer, token, d_model) the state that each sublayer reads; computed in a compact capture."""
+        if self.compact:
+            return self._replayed([self.anatomy.sublayers[i].read for i in self.stored])
+        return self._file.view(f"{self._base}/read")
+
+    @property
+    def final(self) -> Tensor:
+        """(token, d_model) the last state."""
+        return self._file.view(f"{self._base}/final")
+
+    @property
+    def norm_mean(self) -> Tensor:
+        """(norm, token) float32 mean that each norm on the stream subtracts."""
+        return self._file.view(f"{self._base}/norm/mean")
+
+    @property
+    def norm_rstd(self) -> Tensor:
+        """(norm, token) float32 factor by which each norm on the stream scales."""
+        return self._file.view(f"{self._base}/norm/rstd")
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """The model's own parameters that replay needs, by name."""
+        return self._file.under(f"{self._base}/constants/")
+
+    def write(self, key: Key) -> Tensor:
+        """Return what sublayers write.
+
+        Args:
+            key: a label or index, for (token, d_model); a slice of indices, for (sublayer, token, d_model).
+
+        Raises:
+            MissingDataError: no such sublayer, or it is not stored.
+        """
+        return _pick(self.writes, self._rows(key))
+
+    def read(self, key: Key) -> Tensor:
+        """Return the states that sublayers read, before their norm; like `write`. Computed in a compact capture.
+
+        Raises:
+            MissingDataError: no such sublayer, or it is not stored.
+        """
+        rows = self._rows(key)
+        if not self.compact:
+            return _pick(self.reads, rows)
+        chosen = [rows] if isinstance(rows, int) else rows
+        found = self._replayed([self.anatomy.sublayers[self.stored[row]].read for row in chosen])
+        return found[0] if isinstance(rows, int) else found
+
+    def layer(self, layer: int) -> dict[str, Tensor]:
+        """Return the writes of one layer by label, each (token, d_model).
+
+        Raises:
+            MissingDataError: no such layer, or not all of it is stored.
+        """
+        found = [s for s in self.anatomy.sublayers if s.layer == layer]
+        if not found:
+            raise MissingDataError(f"stream {self.name!r} has layers 0 to {self.anatomy.layers - 1}, not {layer}")
+        return {s.label: self.write(s.index) for s in found}
+
+    def embed(self, part: str | None = None) -> Tensor:
+        """Return one part of the embedding, (token, d_model); without a name, the only one.
+
+        Raises:
+            MissingDataError: no such part.
+        """
+        labels = [p.label for p in self.anatomy.parts]
+        chosen = labels[0] if part is None and len(labels) == 1 else part
+        if chosen not in labels:
+            raise MissingDataError(f"stream {self.name!r} has the embedding parts {', '.join(labels)}, not {part!r}")
+        return self._file.view(f"{self._base}/embed/{chosen}")
+
+    def value_mix(self, key: str | int) -> Tensor:
+        """Return the heads' outputs side by side as they enter an attention's output projection, (token, width).
+
+        Raises:
+            MissingDataError: they were not stored (``--heads``), or no such sublayer.
+        """
+        return self._file.view(f"{self._base}/value_mix/{self._sublayer(key).label}")
+
+    def state(self, key: str | int) -> Tensor:
+        """Return a state, (token, d_model); computed where it is not stored.
+
+        Args:
+            key: its index, 0 to K; or ``resid_pre.3``, ``resid_mid.3``, ``resid_post.3``.
+
+        Raises:
+            MissingDataError: no such state, or it is not stored and some writes before it are not either.
+        """
+        index = self._state_index(key)
+        place = self._stored_state(index)
+        if place is None:
+            return self._replayed([index])[0]
+        name, row = place
+        whole = self._file.view(name)
+        return whole if row is None else whole[row]
+
+    def holds_state(self, index: int) -> bool:
+        """Tell whether state x_index is stored as such, not computed from the writes."""
+        return self._stored_state(index) is not None
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the stream block by block, as it was captured; memory does not grow with the number of tokens.
+
+        Nothing is read before it is asked for: an analysis of the writes never reads a state.
+        """
+        for start, stop in self._blocks:
+            yield self._block(start, stop)
+
+    def _block(self, start: int, stop: int) -> Block:
+        file, base = self._file, self._base
+        names = [f"{base}/embed/{part.label}" for part in self.anatomy.parts]
+        parts = LazyRows(len(names), lambda i: file.part(names[i], None, start, stop))
+        count = len(self.anatomy.sublayers)
+        writes = LazyRows(count, lambda i: file.part(f"{base}/write", self._held(i), start, stop))
+        replayed: list[Tensor] = []
+
+        def state(index: int) -> Tensor:
+            place = self._stored_state(index)
+            if place is not None:
+                return file.part(*place, start, stop)
+            if not replayed:
+                replayed.extend(self._replay(parts, writes))
+            return replayed[index]
+
+        ids, doc, position = (file.part(f"/tokens/{name}", None, start, stop) for name in ("id", "doc", "position"))
+        states = LazyRows(len(self.anatomy.steps) + 1, state)
+        return Block(start, stop, ids, doc, position, parts, states, writes)
+
+    def _replay(self, parts: Sequence[Tensor], writes: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return replay_states(self.anatomy, parts, writes, self.constants)
+
+    def _replayed(self, states: Sequence[int]) -> Tensor:
+        """Return (state, token, d_model), rebuilt block by block."""
+        found = torch.zeros(0)
+        for block in self.blocks():
+            rebuilt = self._replay(block.parts, block.writes)
+            if not found.numel():
+                n_tokens = self.final.shape[0]
+                found = torch.zeros(len(states), n_tokens, self.anatomy.d_model, dtype=rebuilt[0].dtype)
+            for row, index in enumerate(states):
+                found[row, block.start : block.stop] = rebuilt[index]
+        return found
+
+    def _stored_state(self, index: int) -> tuple[str, int | None] | None:
+        """Return the dataset and row that hold a state, or None where it has to be computed."""
+        if index == len(self.anatomy.steps):
+            return f"{self._base}/final", None
+        if not self.compact and index in self._reader:
+            return f"{self._base}/read", self._reader[index]
+        return None
+
+    def _state_index(self, key: str | int) -> int:
+        count = len(self.anatomy.steps) + 1
+        if isinstance(key, int):
+            if not -count <= key < count:
+                raise MissingDataError(f"stream {self.name!r} has states 0 to {count - 1}, not {key}")
+            return range(count)[key]
+        names: dict[str, int] = {}
+        for sublayer in self.anatomy.sublayers:
+            first = names.setdefault(f"resid_pre.{sublayer.layer}", sublayer.read)
+            if sublayer.read != first:
+                names.setdefault(f"resid_mid.{sublayer.layer}", sublayer.read)
+            names[f"resid_post.{sublayer.layer}"] = sublayer.read + 1
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=3, cutoff=0.3)
+            raise MissingDataError(f"stream {self.name!r} has no state {key!r}; near names: {', '.join(near)}")
+        return names[key]
+
+    def _sublayer(self, key: str | int) -> Sublayer:
+        if isinstance(key, str):
+            return self.anatomy.find(key)
+        count = len(self.anatomy.sublayers)
+        if not -count <= key < count:
+            raise MissingDataError(f"stream {self.name!r} has sublayers 0 to {count - 1}, not {key}")
+        return self.anatomy.sublayers[key]
+
+    def _held(self, index: int) -> int:
+        """Return the row that holds a sublayer."""
+        if index not in self._row:
+            label = self.anatomy.sublayers[index].label
+            raise MissingDataError(
+                f"{self._file.path} was narrowed and does not hold {label!r}; it holds {', '.join(self.labels)}"
+            )
+        return self._row[index]
+
+    def _rows(self, key: Key) -> int | list[int]:
+        if isinstance(key, slice):
+            return [self._held(s.index) for s in self.anatomy.sublayers[key]]
+        return self._held(self._sublayer(key).index)
+
+
+def _pick(whole: Tensor, rows: int | list[int]) -> Tensor:
+    """Return rows of a mapped tensor, still mapped unless they are not evenly spaced."""
+    if isinstance(rows, int):
+        return whole[rows]
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    if step > 0 and rows == list(range(rows[0] if rows else 0, (rows[-1] if rows else -1) + 1, step)):
+        return whole[rows[0] : rows[-1] + 1 : step] if rows else whole[:0]
+    return whole[rows]

@@ -1,0 +1,133 @@
+"""The pilot run: understand and test a model on a handful of tokens before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamlens.anatomy import Anatomy, Stream
+from streamlens.calling import Inputs, eager_math, invoke, without_cache
+from streamlens.discovery.layout import main_input
+from streamlens.discovery.streams import discover
+from streamlens.edits import run_from
+from streamlens.errors import ProofError
+from streamlens.observe import Observation, observing, tokens
+from streamlens.proof import Replay, Verdict, same_bits
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What is known about a model before its capture begins."""
+
+    anatomy: Anatomy
+    dtypes: Mapping[str, torch.dtype]
+    """Storage dtype of each kind of tensor, by ``stream/what``."""
+    mix_widths: Mapping[str, Mapping[int, int]]
+    """Width of each value mix, by stream and sublayer."""
+    positions: Mapping[str, int]
+    """Tokens per document of each stream, on the pilot's own inputs."""
+    causal: bool
+    """Whether outputs are blind to later positions, so that the target of a token is the next one."""
+    head_exact: bool
+    """Whether the head applied to the last state gives the model's output bit for bit."""
+    verdict: Verdict
+
+
+class _Trial(Observation):
+    """An observation that also runs the proof."""
+
+    def __init__(self, anatomy: Anatomy, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.verdict = Verdict()
+        self.replays = {s.name: Replay(s, parameters, self.verdict) for s in anatomy.streams}
+
+    def part(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        super().part(stream, index, tensor)
+        self.replays[stream.name].part(index, tensor)
+
+    def state(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        super().state(stream, index, tensor)
+        self.replays[stream.name].state(index, tensor)
+
+    def write(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        super().write(stream, index, tensor)
+        self.replays[stream.name].write(index, tensor)
+
+    def settled(self) -> None:
+        for replay in self.replays.values():
+            replay.settled()
+
+
+def fly(module: nn.Module, inputs: Inputs, anatomy: Anatomy | None = None) -> Pilot:
+    """Find the anatomy on a small batch, prove it, and check that looking changes nothing.
+
+    Args:
+        module: the model.
+        inputs: a small batch, in the model's own layout.
+        anatomy: the anatomy, if it is known already.
+
+    Raises:
+        AnatomyError: the streams could not be found.
+        ProofError: observing changed the model's output.
+    """
+    prepared = without_cache(module, inputs)
+    found = anatomy or discover(module, prepared)
+    trial = _Trial(found, parameters_of(module))
+    with torch.no_grad(), eager_math():
+        plain = invoke(module, prepared)
+        with observing(module, found, trial, mixes=True):
+            watched = invoke(module, prepared)
+        trial.verdict.resolve()
+        if not same_bits(plain, watched):
+            raise ProofError(
+                "the model gives other outputs while it is watched: it looks at its own hooks, or draws random "
+                "numbers in eval mode. Fix its seed, or switch off what is random in it"
+            )
+        return _report(module, prepared, found, trial, plain)
+
+
+def _report(module: nn.Module, inputs: Inputs, anatomy: Anatomy, trial: _Trial, output: Tensor) -> Pilot:
+    dtypes: dict[str, torch.dtype] = {}
+    widths: dict[str, dict[int, int]] = {}
+    positions: dict[str, int] = {}
+    docs = main_input(inputs)[1].shape[1 if anatomy.stream().position_first else 0]
+    for stream in anatomy.streams:
+        name = stream.name
+        states, writes = trial.states[name], trial.writes[name]
+        dtypes[f"{name}/read"] = dtypes[f"{name}/final"] = states[0].dtype
+        dtypes[f"{name}/write"] = next(iter(writes.values())).dtype
+        dtypes[f"{name}/embed"] = trial.parts[name][0].dtype
+        positions[name] = states[0].numel() // (docs * stream.d_model)
+        widths[name] = {s: t.shape[-1] for s, t in trial.value_mixes.get(name, {}).items()}
+        if widths[name]:
+            dtypes[f"{name}/value_mix"] = next(iter(trial.value_mixes[name].values())).dtype
+    main = anatomy.stream()
+    final = tokens(trial.states[main.name][len(main.steps)], main, docs, positions[main.name])
+    headed = run_from(module, anatomy, len(main.steps), final, inputs)
+    causal = _is_causal(module, inputs, output, main.position_first)
+    return Pilot(anatomy, dtypes, widths, positions, causal, same_bits(headed, output), trial.verdict)
+
+
+def _is_causal(module: nn.Module, inputs: Inputs, output: Tensor, position_first: bool) -> bool:
+    """Change the last token and see whether the outputs before it stay as they were."""
+    name, old = main_input(inputs)
+    axis = 0 if position_first else 1
+    if old.ndim not in (2, 3) or output.ndim != 3 or output.shape[axis] != old.shape[axis] or old.shape[axis] < 2:
+        return False
+    new = old.clone()
+    new.select(axis, -1).copy_(old.select(axis, 0) if not old.is_floating_point() else old.select(axis, -1) + 1.0)
+    if torch.equal(new, old):
+        return False
+    changed: Any = new if name is None else {**inputs, name: new}  # type: ignore[dict-item]
+    after = invoke(module, changed)
+    length = output.shape[axis] - 1
+    return torch.equal(output.narrow(axis, 0, length), after.narrow(axis, 0, length))
+
+
+def parameters_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name, for the replay of norms."""
+    return {**dict(module.named_buffers()), **dict(module.named_parameters())}
