@@ -88,6 +88,40 @@ class _Commit:
     where: int
 
 
+class _Flusher:
+    """A thread that pushes committed blocks to the disk while the model computes the next ones.
+
+    Otherwise all of it would wait for the one `fsync` at the end, with the model idle.
+    """
+
+    def __init__(self, writer: CaptureWriter, pool: SlotPool) -> None:
+        self._writer = writer
+        self._pool = pool
+        self._wanted = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._work, name="streamlens-flusher", daemon=True)
+        self._thread.start()
+
+    def ask(self) -> None:
+        """Ask for a flush; several requests during one flush become one."""
+        self._wanted.set()
+
+    def end(self) -> None:
+        """Wait for the flush under way."""
+        self._ended = True
+        self._wanted.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while self._wanted.wait() and not self._ended:
+            self._wanted.clear()
+            try:
+                self._writer.flush()
+            except BaseException as error:
+                self._pool.fail(error)
+                return
+
+
 class Transfer:
     """Sends tensors to a `CaptureWriter` through slots and a thread of its own, in the order of the calls.
 
@@ -120,6 +154,7 @@ class Transfer:
         self._side: dict[torch.device, torch.cuda.Stream] = {}
         self._queue: SimpleQueue[_Row | _Commit | None] = SimpleQueue()
         self._aborted = threading.Event()
+        self._flusher = _Flusher(writer, self._pool)
         self._thread = threading.Thread(target=self._work, name="streamlens-writer", daemon=True)
         self._thread.start()
 
@@ -173,6 +208,7 @@ class Transfer:
         """
         self._queue.put(None)
         self._thread.join()
+        self._flusher.end()
         self._pool.check()
 
     def abort(self) -> None:
@@ -180,6 +216,7 @@ class Transfer:
         self._aborted.set()
         self._queue.put(None)
         self._thread.join()
+        self._flusher.end()
 
     def __enter__(self) -> Transfer:
         """Return the transfer."""
@@ -238,3 +275,4 @@ class Transfer:
             self._writer.put(task.name, task.row, task.block, task.data)
         else:
             self._writer.commit(task.block, exact=task.exact, worst=task.worst, where=task.where)
+            self._flusher.ask()

@@ -180,6 +180,17 @@ class CaptureWriter:
         self._pending.pop(block, None)
         self._done[block] = True
 
+    def flush(self) -> None:
+        """Have what was written so far reach the disk. The one method that another thread may call at any time.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise self._stopped(error) from error
+
     def finish(self) -> Path:
         """Make the file permanent, give it its name, and return that.
 
