@@ -7,7 +7,7 @@ decides, against `bound`; never a cosine, which cannot see a wrong factor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -122,6 +122,10 @@ def relative_error(replayed: Tensor, seen: Tensor) -> Tensor:
     return error / scale
 
 
+OnNorm = Callable[[int, Tensor], None]
+"""Called with the index of a norm on the stream and what it normalises, while that is intact."""
+
+
 class Replay:
     """Follows one stream through one forward pass and predicts each state just before the model computes it.
 
@@ -129,8 +133,11 @@ class Replay:
     like any other. Nothing but one predicted state is kept.
     """
 
-    def __init__(self, stream: Stream, parameters: Mapping[str, Tensor], verdict: Verdict) -> None:
+    def __init__(
+        self, stream: Stream, parameters: Mapping[str, Tensor], verdict: Verdict, on_norm: OnNorm | None = None
+    ) -> None:
         self.stream = stream
+        self._on_norm = on_norm
         self._parameters = parameters
         self._verdict = verdict
         self._parts: dict[int, Tensor] = {}
@@ -138,8 +145,6 @@ class Replay:
         self._state: Tensor | None = None
         self._step = 0 if stream.parts[0].point is None else -1  # -1 while the embedding parts are awaited
         self._predicted: Tensor | None = None
-        self.norm_inputs: dict[int, Tensor] = {}
-        """By index in the stream's norms: what each norm on the stream normalised, filled as the pass goes on."""
 
     def part(self, index: int, tensor: Tensor) -> None:
         """Take an embedding part."""
@@ -159,7 +164,8 @@ class Replay:
         self._predicted = None
         self._state, self._step = tensor, index
         if index == len(self.stream.steps):
-            self._keep_norm_input(None, {"@state": tensor})
+            self._tell_norms(None, {"@state": tensor})
+            self._state = None
 
     def settled(self) -> None:
         """Predict the next state if all that goes into it has come; else keep copies of what has come so far."""
@@ -182,7 +188,7 @@ class Replay:
         values = {"@state": state, **{f"@write:{s}": self._writes[s] for s in step.sublayers}}
         known = run(step.instructions, values, self._parameters)
         self._predicted = known[last(step.instructions, "@state")]
-        self._keep_norm_input(self._step + 1, known)
+        self._tell_norms(self._step + 1, known)
         self._writes.clear()
         self._state = None
 
@@ -190,13 +196,15 @@ class Replay:
         values = {f"@part:{i}": part for i, part in self._parts.items()}
         known = run(self.stream.embedding, values, self._parameters)
         self._predicted = known[last(self.stream.embedding, "@part:0")]
-        self._keep_norm_input(0, known)
+        self._tell_norms(0, known)
         self._parts.clear()
 
-    def _keep_norm_input(self, state: int | None, known: Mapping[str, Tensor]) -> None:
+    def _tell_norms(self, state: int | None, known: Mapping[str, Tensor]) -> None:
+        if self._on_norm is None:
+            return
         for index, norm in enumerate(self.stream.norms):
             if norm.state == state:
-                self.norm_inputs[index] = known[norm.input]
+                self._on_norm(index, known[norm.input])
 
 
 def norm_statistics(norm: Norm, tensor: Tensor) -> tuple[Tensor, Tensor]:

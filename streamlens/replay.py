@@ -76,22 +76,15 @@ def run(
         FormatError: an operation that is not in `OPERATORS`, or a name that is not there.
     """
     known = dict(values)
-
-    def resolve(value: Any) -> Any:
-        if isinstance(value, str):
-            return _resolve(value, known, parameters)
-        if isinstance(value, (tuple, list)):
-            return [resolve(v) for v in value]
-        return value
-
     for step in instructions:
         operator = OPERATORS.get(step.operator)
         if operator is None:
             raise FormatError(
                 f"the recorded step uses {step.operator!r}, which may not be replayed: the file was altered"
             )
-        keywords = {k: resolve(v) for k, v in step.kwargs.items()}
-        result = operator(*[resolve(v) for v in step.args], **keywords)
+        args = [_argument(v, known, parameters) for v in step.args]
+        keywords = {k: _argument(v, known, parameters) for k, v in step.kwargs.items()}
+        result = operator(*args, **keywords)
         known[step.output] = result[0] if isinstance(result, tuple) else result
     return known
 
@@ -162,6 +155,16 @@ def parameter_names(stream: Stream) -> tuple[str, ...]:
             visit(instruction.args)
             visit(tuple(instruction.kwargs.values()))
     return tuple(found)
+
+
+def _argument(value: Any, known: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Any:
+    # Not a function inside `run`: one that calls itself would be a cycle that keeps every tensor alive until the
+    # garbage collector comes by, which costs more memory and time than the capture itself.
+    if isinstance(value, str):
+        return _resolve(value, known, parameters)
+    if isinstance(value, (tuple, list)):
+        return [_argument(v, known, parameters) for v in value]
+    return value
 
 
 def _resolve(text: str, known: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from streamlens.anatomy import Anatomy, Stream
 from streamlens.calling import eager_math, invoke, without_cache
 from streamlens.observe import Observer, StopForward, observing, tokens
-from streamlens.proof import Replay, Verdict, norm_statistics
+from streamlens.proof import OnNorm, Replay, Verdict, norm_statistics
 from streamlens.recorder.plan import Block, Plan
 from streamlens.store.transfer import Transfer
 from streamlens.store.writer import CaptureWriter
@@ -31,9 +31,11 @@ class _Recorder(Observer):
         self.number = number
         self.transfer = transfer
         self.verdict = Verdict()
-        self.replays = {s.name: Replay(s, parameters, self.verdict) for s in plan.pilot.anatomy.streams}
+        self.replays = {
+            s.name: Replay(s, parameters, self.verdict, self._sending_norms(s) if s.name in plan.rows else None)
+            for s in plan.pilot.anatomy.streams
+        }
         self._rows = {name: {s.index: i for i, s in enumerate(rows)} for name, rows in plan.rows.items()}
-        self._kept: Tensor | None = None
         self._last = plan.pilot.anatomy.stream().name
 
     def part(self, stream: Stream, index: int, tensor: Tensor) -> None:
@@ -45,10 +47,8 @@ class _Recorder(Observer):
         self.replays[stream.name].state(index, tensor)
         if stream.name in self._rows:
             self._keep_state(stream, index, tensor)
-        if index == len(stream.steps):
-            self._keep_norms(stream)
-            if stream.name == self._last and not self.plan.has_output:
-                raise StopForward  # the head is not needed for anything that is stored
+        if index == len(stream.steps) and stream.name == self._last and not self.plan.has_output:
+            raise StopForward  # the head is not needed for anything that is stored
 
     def _keep_state(self, stream: Stream, index: int, tensor: Tensor) -> None:
         if index == 0 and stream.parts[0].point is None:
@@ -85,14 +85,14 @@ class _Recorder(Observer):
         for name, tensor in summary.items():
             self.transfer.send(f"/output/{name}", None, self.number, self._kept_rows(tensor))
 
-    def _keep_norms(self, stream: Stream) -> None:
-        if stream.name not in self._rows:
-            return
-        for index, norm in enumerate(stream.norms):
-            source = tokens(self.replays[stream.name].norm_inputs[index], stream, *self._shape)
-            for name, value in zip(("mean", "rstd"), norm_statistics(norm, source), strict=True):
+    def _sending_norms(self, stream: Stream) -> OnNorm:
+        def send(index: int, tensor: Tensor) -> None:
+            source = tokens(tensor, stream, *self._shape)
+            for name, value in zip(("mean", "rstd"), norm_statistics(stream.norms[index], source), strict=True):
                 path = f"/streams/{stream.name}/norm/{name}"
                 self.transfer.send(path, index, self.number, self._kept_rows(value))
+
+        return send
 
     @property
     def _shape(self) -> tuple[int, int]:
