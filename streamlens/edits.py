@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from streamlens.anatomy import Anatomy, Bypass, Point, Stream
@@ -67,7 +68,13 @@ def edit(
 
 
 def run_from(
-    module: nn.Module, anatomy: Anatomy, index: int, state: Tensor, inputs: Any, *, stream: str | None = None
+    module: nn.Module,
+    anatomy: Anatomy,
+    index: int,
+    state: Float[Tensor, "doc position d_model"],
+    inputs: Any,
+    *,
+    stream: str | None = None,
 ) -> Tensor:
     """Run the model from state x_index onwards; what came before it is passed over and costs nothing.
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from streamlens.anatomy import Anatomy, Point, Stream
@@ -40,7 +41,9 @@ class Observer:
         """All tensors of one call have been received; the call itself, which may overwrite them, comes next."""
 
 
-def tokens(tensor: Tensor, stream: Stream, docs: int, positions: int) -> Tensor:
+def tokens(
+    tensor: Float[Tensor, "*layout width"], stream: Stream, docs: int, positions: int
+) -> Float[Tensor, "{docs} {positions} width"]:
     """Bring a tensor of the stream into the layout (doc, position, width), whatever the model's own is.
 
     Args:

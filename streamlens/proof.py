@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from streamlens.anatomy import Norm, Stream
@@ -114,7 +115,7 @@ def place(stream: Stream, state: int) -> str:
     return f"x_{state} of stream {stream.name!r} (after {' and '.join(labels)})"
 
 
-def relative_error(replayed: Tensor, seen: Tensor) -> Tensor:
+def relative_error(replayed: Float[Tensor, "*shape"], seen: Float[Tensor, "*shape"]) -> Float64[Tensor, ""]:
     """Return ||replayed - seen|| / ||seen||, a float64 scalar on the tensors' device."""
     truth = seen.double()
     error: Tensor = (replayed.double() - truth).norm()
@@ -207,7 +208,9 @@ class Replay:
                 self._on_norm(index, known[norm.input])
 
 
-def norm_statistics(norm: Norm, tensor: Tensor) -> tuple[Tensor, Tensor]:
+def norm_statistics(
+    norm: Norm, tensor: Float[Tensor, "*token d_model"]
+) -> tuple[Float32[Tensor, "*token"], Float32[Tensor, "*token"]]:
     """Return the mean and the reciprocal standard deviation with which a norm treats each token.
 
     Args:

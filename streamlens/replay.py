@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from streamlens.anatomy import Instruction, Stream
@@ -94,15 +95,21 @@ def last(instructions: Sequence[Instruction], start: str) -> str:
     return instructions[-1].output if instructions else start
 
 
-def embed(stream: Stream, parts: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
+def embed(
+    stream: Stream, parts: Sequence[Float[Tensor, "*token d_model"]], parameters: Mapping[str, Tensor]
+) -> Float[Tensor, "*any d_model"]:
     """Return x_0 from its parts, each (..., d_model)."""
     values = {f"@part:{i}": part for i, part in enumerate(parts)}
     return run(stream.embedding, values, parameters)[last(stream.embedding, "@part:0")]
 
 
 def advance(
-    stream: Stream, step: int, state: Tensor, writes: Mapping[int, Tensor], parameters: Mapping[str, Tensor]
-) -> Tensor:
+    stream: Stream,
+    step: int,
+    state: Float[Tensor, "*token d_model"],
+    writes: Mapping[int, Float[Tensor, "*token d_model"]],
+    parameters: Mapping[str, Tensor],
+) -> Float[Tensor, "*any d_model"]:
     """Return the state after `step` from the one before it.
 
     Args:
@@ -118,8 +125,11 @@ def advance(
 
 
 def replay_states(
-    stream: Stream, parts: Sequence[Tensor], writes: Sequence[Tensor], parameters: Mapping[str, Tensor]
-) -> list[Tensor]:
+    stream: Stream,
+    parts: Sequence[Float[Tensor, "token d_model"]],
+    writes: Sequence[Float[Tensor, "token d_model"]],
+    parameters: Mapping[str, Tensor],
+) -> list[Float[Tensor, "token d_model"]]:
     """Rebuild all states from the embedding parts and the writes.
 
     Args:

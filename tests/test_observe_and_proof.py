@@ -169,7 +169,7 @@ def test_an_index_out_of_range_is_refused() -> None:
     with pytest.raises(UsageError, match="has sublayers 0 to 5, not 6"):
         edit(found.module, found.anatomy, writes={6: torch.clone})
     with pytest.raises(UsageError, match="has states 0 to 6, not -1"):
-        run_from(found.module, found.anatomy, -1, torch.zeros(1), found.inputs)
+        run_from(found.module, found.anatomy, -1, torch.zeros(1, 1, 32), found.inputs)
 
 
 def test_an_anatomy_of_another_model_is_refused() -> None:

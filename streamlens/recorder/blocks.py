@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from streamlens.anatomy import Anatomy, Stream
@@ -109,7 +110,9 @@ class _Recorder(Observer):
         return tensor.flatten(0, 1)
 
 
-def summarise(logits: Tensor, ids: Tensor, top_k: int, causal: bool) -> dict[str, Tensor]:
+def summarise(
+    logits: Float[Tensor, "doc position vocab"], ids: Int64[Tensor, "doc position"], top_k: int, causal: bool
+) -> dict[str, Shaped[Tensor, "doc position ..."]]:
     """Reduce logits to what analyses ask of them, document by document, so that no second copy of them is needed.
 
     Args:
