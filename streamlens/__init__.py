@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from streamlens.edits import run_from as run_from
     from streamlens.observe import observe as observe
     from streamlens.reader.opening import Capture as Capture
-    from streamlens.reader.opening import open_capture as open  # noqa: F401 - a public name
+    from streamlens.reader.opening import open_capture as open
     from streamlens.reader.verifying import verify as verify
     from streamlens.recorder.capturing import capture as capture
 
@@ -46,7 +46,20 @@ _HOMES = {
     "verify": ("streamlens.reader.verifying", "verify"),
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "Anatomy",
+    "Capture",
+    "Model",
+    "capture",
+    "discover",
+    "edit",
+    "load",
+    "observe",
+    "open",
+    "pack",
+    "run_from",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

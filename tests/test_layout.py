@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import streamlens
+
 ROOT = Path(__file__).resolve().parent.parent
 CODE_FOLDERS = ("streamlens", "analyses", "cli", "fixtures", "benchmarks", "examples")
 MAX_FILE_LINES = 400
@@ -203,3 +205,8 @@ def test_no_file_mentions(banned: str) -> None:
             line = text.count("\n", 0, match.start()) + 1
             offenders.append(f"{path.relative_to(ROOT)}:{line}: {match.group()}")
     assert not offenders
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(streamlens._HOMES) == set(streamlens.__all__) == set(dir(streamlens))
+    assert all(getattr(streamlens, name) is not None for name in streamlens.__all__)
