@@ -46,13 +46,13 @@ def _is_hdf5(path: Path) -> bool:
 def _model(options: ModelOptions, as_json: bool) -> None:
     from streamlens.corpus.windows import windows_for
     from streamlens.recorder.feed import PROBE_POSITIONS, probe_of_windows
-    from streamlens.recorder.pilot import fly, parameters_of
+    from streamlens.recorder.pilot import first_weight, fly, parameters_of
     from streamlens.tree import draw
 
     loaded = options.load()
     windows = windows_for(loaded, max_tokens=PROBE_POSITIONS, window=PROBE_POSITIONS, seed=options.seed)
     parameters = parameters_of(loaded.module)
-    first = next(iter(parameters.values()))
+    first = first_weight(parameters)
     pilot = fly(loaded.module, probe_of_windows(loaded.module, windows, False, first.device))
     if as_json:
         print_rows("inspect", _sublayers(pilot.anatomy), as_json=True)
@@ -102,8 +102,8 @@ def _warnings(rows: list[dict[str, Any]]) -> list[str]:
     massive = [r["label"] for r in rows if r["massive"]]
     if massive:
         notes.append(
-            f"massive activations in {len(massive)} tensors ({', '.join(massive[:3])}, ...): report averages with and "
-            "without position 0"
+            f"massive activations in {', '.join(massive[:4])}{', ...' if len(massive) > 4 else ''}: report averages "
+            "with and without position 0"
         )
     return notes
 

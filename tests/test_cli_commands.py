@@ -145,6 +145,20 @@ class TestInspect:
         assert all(r["not_finite"] == 0 and r["largest"] > 0 for r in found)
 
 
+def test_the_dtype_is_that_of_the_weights_not_of_some_index_buffer(run: Run) -> None:
+    done = run("inspect", "--model", "tests.test_cli_commands:encoder", "--json")
+    assert done.exit_code == 0, done.stderr
+    (row,) = rows(run("capture", "--model", "tests.test_cli_commands:encoder", "--window", "8", "--json"))
+    assert row["dtype"] == "float32"
+
+
+def encoder() -> torch.nn.Module:
+    """Build a model whose first named tensor is a buffer of integers."""
+    from fixtures import zoo
+
+    return zoo.build("bert").module
+
+
 class TestVerify:
     def test_a_good_file(self, run: Run) -> None:
         run("capture", MODEL, *SMALL)

@@ -103,5 +103,6 @@ def _add_up(view: StreamView, total: Verdict, on_block: Callable[[int, int], Non
         blocks, exact = blocks + 1, exact + before.exact
         total.include(before)
         if on_block is not None:
-            on_block(block.stop - block.start, 0)
+            rows = len(view.stored) * (1 if view.compact else 2) + len(block.parts) + 1
+            on_block(block.stop - block.start, rows * block.parts[0].nbytes)
     return len(known), blocks, exact

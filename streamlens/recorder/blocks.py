@@ -13,6 +13,7 @@ from streamlens.anatomy import Anatomy, Stream
 from streamlens.calling import eager_math, invoke, without_cache
 from streamlens.observe import Observer, StopForward, observing, tokens
 from streamlens.proof import OnNorm, Replay, Verdict, norm_statistics
+from streamlens.recorder.pilot import first_weight
 from streamlens.recorder.plan import Block, Plan
 from streamlens.store.transfer import Transfer
 from streamlens.store.writer import CaptureWriter
@@ -162,7 +163,7 @@ def record(
     anatomy = plan.pilot.anatomy
     largest = max(stop - start for start, stop in plan.layout.blocks)
     slot = max(i.dtype.itemsize * (i.width or 1) for i in plan.layout.items) * largest
-    device = next(iter(parameters.values())).device
+    device = first_weight(parameters).device
     per_token = plan.n_bytes / plan.n_tokens
     with Transfer(writer, slot_bytes=slot, slots=_SLOTS, device=device) as transfer:
         for number in np.flatnonzero(~writer.done):

@@ -22,7 +22,7 @@ from streamlens.errors import UsageError
 from streamlens.progress import Progress
 from streamlens.recorder.blocks import record
 from streamlens.recorder.feed import Feed, feed_inputs, feed_windows, probe_of_inputs, probe_of_windows
-from streamlens.recorder.pilot import Pilot, fly, parameters_of
+from streamlens.recorder.pilot import Pilot, first_weight, fly, parameters_of
 from streamlens.recorder.plan import Choice, Plan
 from streamlens.store.layout import dtype_name
 from streamlens.store.writer import CaptureWriter
@@ -161,7 +161,7 @@ def prepare(
     Raises:
         UsageError: both `inputs` and a text, or a choice that does not fit the model.
     """
-    device = next(iter(parameters_of(model.module).values())).device
+    device = first_weight(parameters_of(model.module)).device
     if inputs is not None:
         if text is not None or tokens is not None or windows is not None:
             raise UsageError("give either inputs or a text or tokens: inputs are all of forward's arguments")
@@ -255,7 +255,7 @@ def _identity(model: Model, plan: Plan) -> dict[str, Any]:
 def _attributes(model: Model, plan: Plan, seed: int, command: str) -> dict[str, str | int]:
     import streamlens
 
-    parameters = next(iter(parameters_of(model.module).values()))
+    weight = first_weight(parameters_of(model.module))
     tokenizer = model.tokenizer
     return {
         "streamlens_version": streamlens.__version__,
@@ -267,8 +267,8 @@ def _attributes(model: Model, plan: Plan, seed: int, command: str) -> dict[str, 
         "tokenizer_sha256": "" if tokenizer is None else tokenizer.fingerprint,
         "text": plan.feed.description,
         "text_sha256": plan.feed.sha256,
-        "dtype": dtype_name(parameters.dtype),
-        "device": str(parameters.device.type),
+        "dtype": dtype_name(weight.dtype),
+        "device": str(weight.device.type),
         "seed": seed,
         "causal": int(plan.pilot.causal),
         "head_exact": int(plan.pilot.head_exact),

@@ -128,6 +128,11 @@ def _is_causal(module: nn.Module, inputs: Inputs, output: Tensor, position_first
     return torch.equal(output.narrow(axis, 0, length), after.narrow(axis, 0, length))
 
 
+def first_weight(parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return a tensor that tells the dtype and device of a model: its first floating-point one."""
+    return next((t for t in parameters.values() if t.is_floating_point()), next(iter(parameters.values())))
+
+
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers by name, for the replay of norms."""
     return {**dict(module.named_buffers()), **dict(module.named_parameters())}
