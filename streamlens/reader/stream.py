@@ -255,7 +255,8 @@ class StreamView:
 
     def _replay(self, parts: Sequence[Tensor], writes: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return replay_states(self.anatomy, parts, writes, self.constants)
+            # Fetched here, so that a narrowed capture says what it lacks before anything is computed.
+            return replay_states(self.anatomy, list(parts), list(writes), self.constants)
 
     def _replayed(self, states: Sequence[int]) -> Tensor:
         """Return (state, token, d_model), rebuilt block by block."""
