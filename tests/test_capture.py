@@ -267,7 +267,14 @@ class TestPlantedFaults:
 
     def test_a_hook_one_module_too_deep(self, tmp_path: Path) -> None:
         """OLMo-2: the branch's module output is not yet what is added; a norm follows."""
-        self._refused(case("olmo2"), "write", lambda i, t: t * 1.01, tmp_path)
+        found = case("olmo2")
+        inside: list[Tensor] = []
+        branch: Any = found.module.get_submodule("model.layers.0.mlp")
+        handle = branch.register_forward_hook(lambda module, args, output: inside.append(output.clone()))
+        try:
+            self._refused(found, "write", lambda i, t: inside[-1] if i == 1 else t, tmp_path)
+        finally:
+            handle.remove()
 
     def test_a_forgotten_multiplier(self, tmp_path: Path) -> None:
         self._refused(case("granite"), "write", lambda i, t: t / 0.22 if i == 2 else t, tmp_path)
