@@ -195,3 +195,25 @@ def test_comparisons_give_the_same_verdict_at_once_and_queued(defer: bool) -> No
 
 def test_the_bound_is_two_roundings() -> None:
     assert bound(torch.bfloat16) == 2 * 2**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(), (3,), (4, 5), (2, 3, 8)])
+def test_same_bits_sees_every_bit_at_every_alignment(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The comparison is made on wide integers, which a slice may not fit: no value may escape at the edges."""
+    tensor = torch.randn(shape).to(dtype)
+    shifted = torch.cat([torch.zeros(1).to(dtype), tensor.reshape(-1)])[1:].view(shape)
+    assert same_bits(tensor, shifted)
+    for place in range(tensor.numel()):
+        other = tensor.clone()
+        other.view(-1).view(torch.uint8)[place * dtype.itemsize] ^= 1
+        assert not same_bits(tensor, other)
+        assert not same_bits(shifted, other)
+
+
+def test_same_bits_is_about_bits_not_values() -> None:
+    nan = torch.tensor([float("nan"), 1.0])
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
+    assert not same_bits(torch.zeros(2, 3), torch.zeros(3, 2))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from streamlens.errors import MissingDataError, StorageError, UsageError
-from streamlens.store.creation import byte_view
+from streamlens.store.direct import byte_view
 from streamlens.store.hdf5 import Extent
 
 # Python names this flag only from 3.13 on. Without it Linux refuses a private map that is larger than the memory.

@@ -14,12 +14,12 @@ from typing import Any
 import h5py
 import numpy as np
 import numpy.typing as npt
-import torch
 import xxhash
 from h5py import h5t
 from torch import Tensor
 
 from streamlens.errors import StorageError
+from streamlens.store.direct import DirectFile, byte_view
 from streamlens.store.hdf5 import ALIGNMENT, create_dataset, file_type, require_group
 from streamlens.store.integrity import HEADER_DIGEST, header_digest
 from streamlens.store.layout import FORMAT, FORMAT_VERSION, PROOF_COLUMNS, Layout, human_bytes, n_bytes
@@ -53,11 +53,11 @@ def create_file(
     try:
         _probe(temporary, _estimate(layout, attrs, group_attrs, fixed))
         offsets = _describe(temporary, layout, attrs, group_attrs, fixed, identity)
-        with temporary.open("r+b", buffering=0) as raw:
-            reserve(raw.fileno(), temporary.stat().st_size, temporary)
+        with DirectFile(temporary) as file:
+            reserve(file.fd, temporary.stat().st_size, temporary)
             for name, (_, _, data) in fixed.items():
-                write_all(raw.fileno(), data, offsets[name])
-            os.fsync(raw.fileno())
+                file.write(data, offsets[name])
+            file.sync()
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -81,18 +81,6 @@ def reserve(fd: int, size: int, path: Path) -> None:
     if shutil.disk_usage(path.parent).free < size:
         raise _no_room(size, path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     os.ftruncate(fd, size)
-
-
-def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` (bytes) at `offset`: `os.pwrite` may write less than it is given."""
-    while len(data):
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def byte_view(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _no_room(size: int, path: Path, error: OSError) -> StorageError:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from streamlens.errors import UsageError
+from streamlens.store.direct import PAGE
 from streamlens.store.layout import human_bytes
 from streamlens.store.writer import CaptureWriter
 
@@ -24,8 +25,10 @@ class SlotPool:
     """A fixed number of equal buffers of bytes; `take` waits for a free one, or raises what made waiting pointless."""
 
     def __init__(self, slots: int, slot_bytes: int, *, pinned: bool = False) -> None:
-        """Allocate all slots at once."""
-        self._free = [torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(slots)]
+        """Allocate all slots at once, each with its first byte at the start of a page."""
+        room = slot_bytes + PAGE
+        whole = [torch.empty(room, dtype=torch.uint8, pin_memory=pinned) for _ in range(slots)]
+        self._free = [t[-t.data_ptr() % PAGE :][:slot_bytes] for t in whole]
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self.size = slots
@@ -88,40 +91,6 @@ class _Commit:
     where: int
 
 
-class _Flusher:
-    """A thread that pushes committed blocks to the disk while the model computes the next ones.
-
-    Otherwise all of it would wait for the one `fsync` at the end, with the model idle.
-    """
-
-    def __init__(self, writer: CaptureWriter, pool: SlotPool) -> None:
-        self._writer = writer
-        self._pool = pool
-        self._wanted = threading.Event()
-        self._ended = False
-        self._thread = threading.Thread(target=self._work, name="streamlens-flusher", daemon=True)
-        self._thread.start()
-
-    def ask(self) -> None:
-        """Ask for a flush; several requests during one flush become one."""
-        self._wanted.set()
-
-    def end(self) -> None:
-        """Wait for the flush under way."""
-        self._ended = True
-        self._wanted.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        while self._wanted.wait() and not self._ended:
-            self._wanted.clear()
-            try:
-                self._writer.flush()
-            except BaseException as error:
-                self._pool.fail(error)
-                return
-
-
 class Transfer:
     """Sends tensors to a `CaptureWriter` through slots and a thread of its own, in the order of the calls.
 
@@ -150,11 +119,12 @@ class Transfer:
         if slots < 1 or slot_bytes < 1:
             raise UsageError(f"a transfer needs at least one slot of one byte, not {slots} of {slot_bytes}")
         self._writer = writer
-        self._pool = SlotPool(slots, slot_bytes, pinned=torch.device(device).type == "cuda")
+        self._slot_bytes = slot_bytes
+        # A page more, so that a tensor can lie in its slot as it will lie in the pages of the file.
+        self._pool = SlotPool(slots, slot_bytes + PAGE, pinned=torch.device(device).type == "cuda")
         self._side: dict[torch.device, torch.cuda.Stream] = {}
         self._queue: SimpleQueue[_Row | _Commit | None] = SimpleQueue()
         self._aborted = threading.Event()
-        self._flusher = _Flusher(writer, self._pool)
         self._thread = threading.Thread(target=self._work, name="streamlens-writer", daemon=True)
         self._thread.start()
 
@@ -182,13 +152,13 @@ class Transfer:
         size = tensor.numel() * item.dtype.itemsize
         if tuple(tensor.shape) != wanted:
             raise UsageError(f"{name}, block {block}, takes {list(wanted)}, not {list(tensor.shape)}")
-        if size > self._pool.slot_bytes:
-            room = human_bytes(self._pool.slot_bytes)
+        if size > self._slot_bytes:
+            room = human_bytes(self._slot_bytes)
             raise UsageError(f"{name}, block {block}: {human_bytes(size)} do not fit a slot of {room}")
-        slot = self._pool.take()
+        slot, phase = self._pool.take(), self._writer.offset(name, row, block) % PAGE
         try:
             with torch.no_grad():
-                data = slot[:size].view(item.dtype).view(wanted)
+                data = slot[phase : phase + size].view(item.dtype).view(wanted)
                 copied = self._copy(data, tensor.detach())
         except BaseException:
             self._pool.give(slot)
@@ -208,7 +178,6 @@ class Transfer:
         """
         self._queue.put(None)
         self._thread.join()
-        self._flusher.end()
         self._pool.check()
 
     def abort(self) -> None:
@@ -216,7 +185,6 @@ class Transfer:
         self._aborted.set()
         self._queue.put(None)
         self._thread.join()
-        self._flusher.end()
 
     def __enter__(self) -> Transfer:
         """Return the transfer."""
@@ -275,4 +243,3 @@ class Transfer:
             self._writer.put(task.name, task.row, task.block, task.data)
         else:
             self._writer.commit(task.block, exact=task.exact, worst=task.worst, where=task.where)
-            self._flusher.ask()
