@@ -67,7 +67,8 @@ class Verdict:
 
     def note(self, stream: Stream, state: int, replayed: Tensor, seen: Tensor) -> None:
         """Take one more state into account."""
-        replayed = replayed.reshape(seen.shape)
+        # Where layers lie on several devices, a state is made on one and used on the next.
+        replayed = replayed.reshape(seen.shape).to(seen.device)
         defer = seen.device.type != "cpu" if self.defer is None else self.defer
         if defer:
             different = torch.ne(*_bits(replayed, seen)).any()

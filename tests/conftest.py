@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import streamlens as sl
 from fixtures import zoo
 from fixtures.expected import Expected
 from streamlens.anatomy import Anatomy
 from streamlens.calling import Inputs, without_cache
 from streamlens.discovery.streams import discover
+from streamlens.reader.opening import Capture
 
 torch.set_num_threads(1)
 
@@ -57,3 +60,10 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def build() -> Callable[..., Case]:
     """Return the cached builder of cases."""
     return case
+
+
+def taken(found: Case, path: Path, **options: Any) -> Capture:
+    """Capture a specimen in batches of a few documents."""
+    if found.name == "transformer_pre":  # its two sides differ in length
+        options.setdefault("streams", ["decoder"])
+    return sl.capture(found.module, inputs=found.inputs, out=path, progress=False, batch_tokens=11, **options)
