@@ -52,7 +52,13 @@ def test_a_polite_stop_exits_as_documented_and_resumes(
     out = tmp_path / "x.h5"
     partial = tmp_path / "x.h5.partial"
     started = subprocess.Popen(
-        command(out), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command(out),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # Tests that a shell runs in the background are started with the interrupt ignored, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not partial.exists() and time.monotonic() < deadline:
@@ -74,7 +80,13 @@ def test_a_polite_stop_exits_as_documented_and_resumes(
 def test_two_captures_into_one_file(tmp_path: Path) -> None:
     out = tmp_path / "x.h5"
     first = subprocess.Popen(
-        command(out), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command(out),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # Tests that a shell runs in the background are started with the interrupt ignored, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "x.h5.partial").exists() and time.monotonic() < deadline:
