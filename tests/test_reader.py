@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fixtures.small_capture import flip, in_child, write_all_blocks
+from streamlens.block import LazyRows
 from streamlens.errors import FormatError, IntegrityError, MissingDataError, StreamlensError, UsageError
 from streamlens.reader.opening import Capture, open_capture
-from streamlens.reader.stream import LazyRows
 from streamlens.recorder.capturing import capture
 
 D_MODEL, LAYERS, DOCS, LENGTH = 16, 3, 10, 6

@@ -13,9 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from streamlens.anatomy import Anatomy
+from streamlens.block import Block
 from streamlens.errors import FormatError, MissingDataError, UsageError
 from streamlens.reader.mapped import MappedFile
-from streamlens.reader.stream import Block, Key, StreamView
+from streamlens.reader.stream import Key, StreamView
 from streamlens.store.hdf5 import open_description
 from streamlens.store.integrity import Recorded, read_recorded
 from streamlens.store.layout import PARTIAL_SUFFIX, human_bytes

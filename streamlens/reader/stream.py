@@ -3,67 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import overload
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from streamlens.anatomy import Stream, Sublayer
+from streamlens.block import Block, LazyRows, LazyTable, NormStatistics
 from streamlens.errors import MissingDataError
 from streamlens.reader.mapped import MappedFile
 from streamlens.replay import replay_states
 
 Key = str | int | slice
 """How to name sublayers: a label such as ``3_attn_out``, an index, or a slice of indices."""
-
-
-class LazyRows(Sequence[Tensor]):
-    """A sequence of tensors of which each is fetched when it is first asked for, and kept."""
-
-    def __init__(self, count: int, fetch: Callable[[int], Tensor]) -> None:
-        """Say how many there are and how to fetch one."""
-        self._fetch = fetch
-        self._kept: dict[int, Tensor] = {}
-        self._indices = range(count)
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        """Return one, or a list of some."""
-        if isinstance(index, slice):
-            return [self[i] for i in self._indices[index]]
-        place = self._indices[index]
-        if place not in self._kept:
-            self._kept[place] = self._fetch(place)
-        return self._kept[place]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some consecutive tokens of a stream: what every analysis is fed, from a file or from a live run."""
-
-    start: int
-    stop: int
-    ids: Tensor
-    """(token,) int64."""
-    doc: Tensor
-    """(token,) int32."""
-    position: Tensor
-    """(token,) int32, within the document."""
-    parts: Sequence[Tensor]
-    """The embedding parts, in the order of `Stream.parts`; each (token, d_model)."""
-    states: Sequence[Tensor]
-    """x_0 ... x_K, one more than `Stream.steps`; each (token, d_model)."""
-    writes: Sequence[Tensor]
-    """One for each of `Stream.sublayers`; each (token, d_model)."""
 
 
 class StreamView:
@@ -87,6 +39,7 @@ class StreamView:
         self._base = f"/streams/{anatomy.name}"
         self._row = {index: row for row, index in enumerate(self.stored)}
         self._blocks = tuple(blocks)
+        self._mixed = [i for i in self.stored if f"{self._base}/value_mix/{anatomy.sublayers[i].label}" in file]
         self._reader = {anatomy.sublayers[i].read: row for i, row in self._row.items()}
 
     def __repr__(self) -> str:
@@ -251,7 +204,16 @@ class StreamView:
 
         ids, doc, position = (file.part(f"/tokens/{name}", None, start, stop) for name in ("id", "doc", "position"))
         states = LazyRows(len(self.anatomy.steps) + 1, state)
-        return Block(start, stop, ids, doc, position, parts, states, writes)
+
+        def norm(index: int) -> NormStatistics:
+            mean, rstd = (file.part(f"{base}/norm/{name}", index, start, stop) for name in ("mean", "rstd"))
+            return mean, rstd
+
+        def mix(index: int) -> Tensor:
+            return file.part(f"{base}/value_mix/{self.anatomy.sublayers[index].label}", None, start, stop)
+
+        norms, mixes = LazyRows(len(self.anatomy.norms), norm), LazyTable(self._mixed, mix)
+        return Block(start, stop, ids, doc, position, parts, states, writes, norms, mixes)
 
     def _replay(self, parts: Sequence[Tensor], writes: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
