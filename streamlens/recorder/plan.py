@@ -31,6 +31,7 @@ class Choice:
     kinds: tuple[str, ...] | None = None
     positions: tuple[int, ...] | None = None
     streams: tuple[str, ...] | None = None
+    """None for all of them, nothing for the one that the head reads."""
     heads: bool = False
     """Also store what enters each attention's output projection."""
     output: bool = True
@@ -86,7 +87,8 @@ class Plan:
         return sum(int(np.prod(i.shape(self.n_tokens), dtype=np.int64)) * i.dtype.itemsize for i in self.layout.items)
 
     def _streams(self, pilot: Pilot, choice: Choice) -> tuple[Stream, ...]:
-        names = choice.streams or tuple(s.name for s in pilot.anatomy.streams)
+        every = tuple(s.name for s in pilot.anatomy.streams)
+        names = every if choice.streams is None else choice.streams or (pilot.anatomy.head.stream,)
         chosen = tuple(pilot.anatomy.stream(name) for name in names)
         lengths = {s.name: pilot.positions[s.name] for s in chosen}
         if len(set(lengths.values())) > 1:

@@ -1,0 +1,144 @@
+"""What all analysis commands share: where their numbers come from, and where their results go."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from streamlens.cli.options import CorpusOptions, ModelOptions, corpus_options, model_options, output_options
+from streamlens.cli.output import print_notes, print_rows
+from streamlens.errors import UsageError
+
+if TYPE_CHECKING:
+    from streamlens.analyses.result import Result
+    from streamlens.analyses.source import Source
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class OriginOptions:
+    """A capture, or a model and a text."""
+
+    model: ModelOptions
+    corpus: CorpusOptions
+    stream: str | None
+    model_file: Path | None
+
+    def open(self, *, heads: bool = False) -> Source:
+        """Open what SOURCE names: a capture, a model, or nothing, which is the newest capture in this folder.
+
+        Args:
+            heads: for a live model: also look at what enters each attention's output projection.
+
+        Raises:
+            UsageError: nothing is named and there is no capture here.
+        """
+        from streamlens.analyses.source import is_capture
+
+        named = self.model.source
+        if named is None and self.model.factory is None:
+            found = newest_capture(Path())
+            print_notes([f"no SOURCE was given: {found.name}, the newest capture here"])
+            return self._capture(found)
+        if named is not None and is_capture(Path(named)):
+            return self._capture(Path(named))
+        return self._live(heads)
+
+    def _capture(self, path: Path) -> Source:
+        from streamlens.analyses.source import source_of
+
+        own = None
+        if self.model_file is not None or self.model.factory is not None:
+            source = None if self.model_file is None else str(self.model_file)
+            own = replace(self.model, source=source).load()
+        return source_of(path, stream=self.stream, model=own)
+
+    def _live(self, heads: bool) -> Source:
+        from streamlens.analyses.source import LiveSource
+        from streamlens.recorder.capturing import prepare
+        from streamlens.recorder.plan import Choice
+
+        loaded = self.model.load()
+        windows = self.corpus.windows(loaded, self.model.seed)
+        print_notes(windows.notes)
+        choice = Choice(output=False, heads=heads, streams=() if self.stream is None else (self.stream,))
+        plan = prepare(loaded, choice, windows=windows, batch_tokens=self.corpus.batch_tokens)
+        return LiveSource(loaded, plan, self.stream)
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """Where a result goes besides the terminal."""
+
+    as_json: bool
+    saves: tuple[Path, ...]
+
+    def show(self, command: str, result: Result, rows: list[dict[str, Any]] | None = None) -> None:
+        """Save what was asked for and print the table, or as JSON all rows.
+
+        Args:
+            command: name of the command.
+            result: what was found.
+            rows: a shorter table for the terminal; by default all rows.
+        """
+        for path in self.saves:
+            result.save(path)
+            print_notes([f"wrote {path}"])
+        print_rows(command, result.rows() if self.as_json or rows is None else rows, as_json=self.as_json)
+
+
+def newest_capture(folder: Path) -> Path:
+    """Return the newest capture file in a folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from streamlens.analyses.source import is_capture
+
+    found = sorted((p for p in folder.glob("*.h5") if is_capture(p)), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise UsageError("no capture is here: run `streamlens capture MODEL` first, or name a capture or a model")
+    return found[-1]
+
+
+def analysis_options(command: Command) -> Command:
+    """Add SOURCE, what a live model is shown, and where results go.
+
+    The command gets `origin: OriginOptions` and `show: ShowOptions`.
+    """
+
+    @functools.wraps(command)
+    def wrapped(
+        model: ModelOptions,
+        corpus: CorpusOptions,
+        stream: str | None,
+        model_file: Path | None,
+        as_json: bool,
+        **values: Any,
+    ) -> Any:
+        saves = tuple(path for name in ("plot", "csv", "parquet") if (path := values.pop(name)) is not None)
+        return command(
+            origin=OriginOptions(model, corpus, stream, model_file), show=ShowOptions(as_json, saves), **values
+        )
+
+    out = click.Path(dir_okay=False, path_type=Path)
+    existing = click.Path(exists=True, path_type=Path)
+    decorated: Any = wrapped
+    for option in (
+        click.option("--parquet", type=out, help="Also write the table to this .parquet file."),
+        click.option("--csv", type=out, help="Also write the table to this .csv file."),
+        click.option("--plot", type=out, help="Also draw the figure: .png, .svg or .pdf."),
+        output_options,
+        click.option("--model-file", type=existing, help="The model of a capture, where it has moved."),
+        click.option("--stream", help="Which stream: main, encoder, decoder. [default: the one that the head reads]"),
+        corpus_options,
+        model_options,
+    ):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
