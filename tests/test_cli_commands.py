@@ -49,7 +49,7 @@ class TestCapture:
         (row,) = rows(run("capture", MODEL, *SMALL, "--json"))
         assert row["tokens"] == 256
         assert row["exact_blocks"] == row["blocks"] == 1
-        assert row["sublayers"] == 8
+        assert row["sublayers"] == 16
         assert row["head_exact"] is True
 
     def test_dry_run_writes_nothing_and_counts_to_the_byte(self, run: Run, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ class TestCapture:
         )
         assert done.exit_code == 0, done.stderr
         with h5py.File(tmp_path / "model.h5") as file:
-            assert file["/streams/main/write"].shape == (3, 8 * 3, 112)
+            assert file["/streams/main/write"].shape == (3, 8 * 3, 80)
             assert "output" not in file
             assert [row["label"] for row in file["/streams/main/sublayers"][:]] == [
                 b"0_mlp_out",
@@ -78,7 +78,7 @@ class TestCapture:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (["--layers", "9"], 2, "has layers 0 to 3, not 9"),
+            (["--layers", "9"], 2, "has layers 0 to 7, not 9"),
             (["--layers", "a"], 2, "neither a number nor a range"),
             (["--compact", "--kinds", "mlp"], 2, "cannot be combined"),
             (["--window", "9999"], 1, "256"),
@@ -124,9 +124,9 @@ def tiny() -> torch.nn.Module:
 class TestInspect:
     def test_a_model_is_drawn(self, run: Run) -> None:
         shown = run("inspect", MODEL).stdout
-        assert "main: d_model 112, 4 layers, 8 sublayers" in shown
+        assert "main: d_model 80, 8 layers, 16 sublayers" in shown
         assert "├─ x_0 = embed + pos_embed" in shown
-        assert "layers 0 to 3: norm before the branch" in shown
+        assert "layers 0 to 7: norm before the branch" in shown
         assert "the writes add up bit for bit" in shown
 
     def test_a_model_in_json(self, run: Run) -> None:
