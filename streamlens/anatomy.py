@@ -100,6 +100,8 @@ class Sublayer:
     heads: int | None = None
     norm_module: str | None = None
     """Path of the norm in front of the branch."""
+    mix_position_first: bool = False
+    """True when the value mix is laid out as (position, doc), whatever the stream's own layout is."""
 
 
 @dataclass(frozen=True)

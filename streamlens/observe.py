@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from streamlens.anatomy import Anatomy, Point, Stream
+from streamlens.anatomy import Anatomy, Point, Stream, Sublayer
 from streamlens.interception import Interception, Reaction
 
 
@@ -42,7 +42,12 @@ class Observer:
 
 
 def tokens(
-    tensor: Float[Tensor, "*layout width"], stream: Stream, docs: int, positions: int
+    tensor: Float[Tensor, "*layout width"],
+    stream: Stream,
+    docs: int,
+    positions: int,
+    *,
+    mix_of: Sublayer | None = None,
 ) -> Float[Tensor, "{docs} {positions} width"]:
     """Bring a tensor of the stream into the layout (doc, position, width), whatever the model's own is.
 
@@ -52,13 +57,15 @@ def tokens(
         stream: tells which layout the model uses.
         docs: number of documents in the batch.
         positions: number of positions.
+        mix_of: the sublayer, where the tensor is its value mix, which may have a layout of its own.
     """
+    position_first = stream.position_first if mix_of is None else mix_of.mix_position_first
     width = tensor.shape[-1]
     if tensor.numel() == docs * positions * width:
-        if stream.position_first:
+        if position_first:
             return rearrange(tensor.reshape(positions, docs, width), "position doc width -> doc position width")
         return tensor.reshape(docs, positions, width)
-    if stream.position_first:
+    if position_first:
         whole = tensor.broadcast_to(positions, docs, width)
         return rearrange(whole, "position doc width -> doc position width")
     return tensor.broadcast_to(docs, positions, width)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from streamlens.anatomy import Stream, Sublayer
 from streamlens.calling import Inputs, eager_math, invoke
 
 _FIRST = ("decoder_input_ids", "input_ids")
@@ -60,3 +62,19 @@ def _with(inputs: Inputs, name: str | None, tokens: Tensor) -> Inputs:
         assert name is not None
         return {**inputs, name: tokens}
     return tokens
+
+
+def with_mix_layouts(module: nn.Module, stream: Stream) -> Stream:
+    """Say for each value mix of a stream whether positions come first in it.
+
+    They do inside PyTorch's own attention, which turns around what it is given when that is documents first; anybody
+    else's attention is taken to keep the layout of the stream.
+    """
+    paths = dict(module.named_modules())
+
+    def described(sublayer: Sublayer) -> Sublayer:
+        point = sublayer.value_mix
+        own = point is not None and isinstance(paths.get(point.site.module), nn.MultiheadAttention)
+        return replace(sublayer, mix_position_first=own or stream.position_first)
+
+    return replace(stream, sublayers=tuple(described(s) for s in stream.sublayers))

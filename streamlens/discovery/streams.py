@@ -14,7 +14,7 @@ from streamlens.discovery import bypass, embedding, head, naming
 from streamlens.discovery.branches import Branch, Classifier, home, norm_nodes, placement, value_mix
 from streamlens.discovery.chain import Diamond, Puzzle, Segment, Term, diamonds, split_parallel
 from streamlens.discovery.graph import Graph, base_name
-from streamlens.discovery.layout import is_position_first, main_input
+from streamlens.discovery.layout import is_position_first, main_input, with_mix_layouts
 from streamlens.discovery.norms import find_norms
 from streamlens.discovery.recording import NotReplayable, record
 from streamlens.discovery.watch import Op, watch
@@ -52,7 +52,8 @@ def discover(module: nn.Module, inputs: Any) -> Anatomy:
     names = naming.stream_names(
         len(builders), lambda i: any(b.kind == "cross_attn" for b in builders[i].branches), [b.place for b in builders]
     )
-    streams = tuple(builder.build(name) for builder, name in zip(builders, names, strict=True))
+    built = (builder.build(name) for builder, name in zip(builders, names, strict=True))
+    streams = tuple(with_mix_layouts(module, stream) for stream in built)
     final = builders[-1]
     return Anatomy(streams, head.describe(graph, names[-1], final.states[-1]), _followed(graph, streams))
 

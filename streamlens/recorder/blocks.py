@@ -71,7 +71,10 @@ class _Recorder(Observer):
 
     def value_mix(self, stream: Stream, index: int, tensor: Tensor) -> None:
         if index in self._rows.get(stream.name, {}):
-            self._send(stream, f"value_mix/{stream.sublayers[index].label}", None, tensor)
+            sublayer = stream.sublayers[index]
+            laid_out = tokens(tensor, stream, *self._shape, mix_of=sublayer)
+            path = f"/streams/{stream.name}/value_mix/{sublayer.label}"
+            self.transfer.send(path, None, self.number, self._kept_rows(laid_out))
 
     def settled(self) -> None:
         for replay in self.replays.values():

@@ -60,7 +60,7 @@ def probe_of_inputs(inputs: Inputs, position_first: bool) -> Inputs:
     """Return the first two documents of `inputs` (the first one twice if it is alone)."""
     axis = 1 if position_first else 0
     docs = main_input(inputs)[1].shape[axis]
-    return _select(inputs, [0, min(1, docs - 1)], axis, docs)
+    return select_docs(inputs, [0, min(1, docs - 1)], axis, docs)
 
 
 def feed_windows(
@@ -93,7 +93,7 @@ def feed_inputs(inputs: Inputs, docs: int, positions: int, batch_tokens: int, po
     count = max(1, batch_tokens // positions)
 
     def build(first: int, last: int) -> Callable[[], Inputs]:
-        return lambda: _select(inputs, list(range(first, last)), axis, docs)
+        return lambda: select_docs(inputs, list(range(first, last)), axis, docs)
 
     loads = []
     for first in range(0, docs, count):
@@ -113,7 +113,19 @@ def feed_inputs(inputs: Inputs, docs: int, positions: int, batch_tokens: int, po
     )
 
 
-def _select(inputs: Inputs, docs: list[int], axis: int, total: int) -> Inputs:
+def select_docs(inputs: Inputs, docs: list[int], axis: int, total: int) -> Inputs:
+    """Return the arguments of forward for some of the documents only.
+
+    Args:
+        inputs: forward's arguments for `total` documents.
+        docs: which documents, by number.
+        axis: the axis along which documents are counted.
+        total: how many documents there are.
+
+    Raises:
+        UsageError: a tensor among the inputs has another number of documents.
+    """
+
     def pick(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value

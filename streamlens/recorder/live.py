@@ -53,7 +53,8 @@ class _Gatherer(Observer):
 
     def value_mix(self, stream: Stream, index: int, tensor: Tensor) -> None:
         if stream.name == self.stream.name:
-            self.mixes[index] = self._kept(tensor)
+            laid_out = tokens(tensor, stream, *self._shape, mix_of=stream.sublayers[index])
+            self.mixes[index] = laid_out.flatten(0, 1).clone()
 
     def settled(self) -> None:
         self._replay.settled()
