@@ -111,6 +111,89 @@ class Quantiles:
         return np.where(total[..., 0] > 0, found, np.nan)
 
 
+class DocumentSums:
+    """Sums of many series for each document, in float64: what an interval over documents needs, and no more.
+
+    >>> sums = DocumentSums(2)
+    >>> sums.add(torch.tensor([[1.0, 3.0, float("nan")], [4.0, 4.0, 4.0]]), torch.tensor([0, 0, 7]))
+    >>> sums.mean.tolist()
+    [2.0, 4.0]
+    >>> [bounds.tolist() for bounds in sums.intervals()]
+    [[2.0, 4.0], [2.0, 4.0]]
+    """
+
+    def __init__(self, *shape: int) -> None:
+        """Start at nothing, for series of this shape."""
+        self.shape = shape
+        self._sums: dict[int, tuple[Floats, Floats]] = {}
+
+    def add(self, values: Tensor, doc: Tensor) -> None:
+        """Fold values in; NaN is left out.
+
+        Args:
+            values: (*series, token), any float dtype.
+            doc: (token,) number of the document.
+        """
+        wide = values.double()
+        known = ~torch.isnan(wide)
+        docs, place = doc.unique(return_inverse=True)
+        empty = torch.zeros(*self.shape, len(docs), dtype=torch.float64, device=wide.device)
+        place = place.to(wide.device)
+        sums = empty.index_add(-1, place, torch.where(known, wide, 0.0)).cpu().numpy()
+        counts = empty.index_add(-1, place, known.double()).cpu().numpy()
+        for column, number in enumerate(docs.tolist()):
+            self._fold(number, sums[..., column], counts[..., column])
+
+    def merge(self, other: DocumentSums) -> None:
+        """Fold another partial result in."""
+        for number, (sums, counts) in other._sums.items():
+            self._fold(number, sums, counts)
+
+    def _fold(self, number: int, sums: Floats, counts: Floats) -> None:
+        old = self._sums.get(number)
+        self._sums[number] = (sums.copy(), counts.copy()) if old is None else (old[0] + sums, old[1] + counts)
+
+    @property
+    def sums(self) -> Floats:
+        """(*series, doc) the sums, in order of the documents' numbers."""
+        return self._stacked(0)
+
+    @property
+    def counts(self) -> Floats:
+        """(*series, doc) the number of values behind each sum."""
+        return self._stacked(1)
+
+    def _stacked(self, which: int) -> Floats:
+        if not self._sums:
+            return np.zeros((*self.shape, 0))
+        return np.stack([self._sums[number][which] for number in sorted(self._sums)], axis=-1)
+
+    @property
+    def mean(self) -> Floats:
+        """(*series,) mean over tokens; NaN where there was nothing."""
+        total, size = self.sums.sum(-1), self.counts.sum(-1)
+        return np.divide(total, size, out=np.full_like(total, np.nan), where=size > 0)
+
+    def intervals(self, *, draws: int = 1000, seed: int = 0) -> tuple[Floats, Floats]:
+        """Return the ends of the 95 % interval of each mean, each (*series,); see `bootstrap`.
+
+        All series are resampled alike, so that the interval of a difference is that of paired values.
+        """
+        sums, counts = self.sums, self.counts
+        docs = sums.shape[-1]
+        if not docs:
+            return np.full(self.shape, np.nan), np.full(self.shape, np.nan)
+        rng = np.random.default_rng(seed)
+        weights = rng.multinomial(docs, np.full(docs, 1 / docs), size=draws).astype(np.float64).T
+        size = counts @ weights
+        means = np.divide(sums @ weights, size, out=np.full_like(size, np.nan), where=size > 0)
+        known = counts.sum(-1) > 0
+        low, high = np.full(self.shape, np.nan), np.full(self.shape, np.nan)
+        if known.any():
+            low[known], high[known] = np.nanquantile(means[known], [0.025, 0.975], axis=-1)
+        return low, high
+
+
 @dataclass(frozen=True)
 class Interval:
     """An estimate and the 95 % interval around it."""
