@@ -1,0 +1,221 @@
+"""How much of the gradient flows back through the skip, and how much through the branch, at each sublayer."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamlens.analyses.gradient_graph import Graph, Objective, graphs, objective_of
+from streamlens.analyses.gradient_result import Flow, GradientResult, document_mean
+from streamlens.analyses.source import Corpus, Origin, Source, source_of, watched
+from streamlens.analyses.statistics import Floats
+from streamlens.block import Block
+from streamlens.checkpoint.model import Model
+from streamlens.errors import MissingDataError, UsageError
+
+DOCUMENTS = 32
+"""How many documents are differentiated unless more are asked for: 8,192 tokens in windows of 256."""
+
+DOCS_AT_ONCE = 4
+"""How many documents share a graph unless told: their activations and logits are what takes the memory."""
+
+
+class Documents:
+    """Some numbers of each document, and how many documents there may be: what both gradient analyses accumulate."""
+
+    def __init__(self, source: Source, docs_at_once: int, limit: int | None) -> None:
+        """Say where the blocks come from; nothing is run yet.
+
+        Raises:
+            UsageError: a limit below one document.
+        """
+        if docs_at_once < 1 or (limit is not None and limit < 1):
+            raise UsageError("at least one document has to be run, at a time and in all")
+        self.source = source
+        self.docs_at_once = docs_at_once
+        self.limit = limit
+        self.objective: Objective | None = None
+        self.tables: list[dict[str, Floats]] = []
+
+    @property
+    def count(self) -> int:
+        """Documents so far."""
+        return sum(len(table["loss"]) for table in self.tables)
+
+    @property
+    def full(self) -> bool:
+        """Whether the limit is reached."""
+        return self.limit is not None and self.count >= self.limit
+
+    def update(self, block: Block) -> None:
+        """Run the documents of a block, those that the limit still allows, and fold them in."""
+        self.objective = objective_of(self.source, block)
+        left = None if self.limit is None else self.limit - self.count
+        for graph in graphs(self.source, block, self.docs_at_once, left):
+            table = {"loss": graph.losses.detach()[..., None], **self._measure(graph)}
+            self.tables.append({name: _documents_first(values) for name, values in table.items()})
+
+    def merge(self, other: Documents) -> None:
+        """Fold another partial result in."""
+        self.objective = self.objective or other.objective
+        self.tables += other.tables
+
+    def table(self) -> dict[str, Floats]:
+        """Return the numbers of all documents that have a gradient, each (doc, ..., 2): position 0, later ones.
+
+        Raises:
+            MissingDataError: there is no such document.
+        """
+        joined = {} if not self.tables else {k: np.concatenate([t[k] for t in self.tables]) for k in self.tables[0]}
+        moved = joined["energy"].reshape(self.count, -1).sum(-1) > 0 if joined else np.zeros(0, bool)
+        if not moved.any():
+            raise MissingDataError(
+                "no document has a gradient: each needs at least two tokens, so that one has a target"
+            )
+        return {name: values[moved] for name, values in joined.items()}
+
+    def _measure(self, graph: Graph) -> dict[str, Tensor]:
+        """Return the sums of each document by name, each (..., doc, 2)."""
+        raise NotImplementedError
+
+
+class GradientFlow(Documents):
+    """Folds in the split of the gradient block by block."""
+
+    def _measure(self, graph: Graph) -> dict[str, Tensor]:
+        gradients, inner = graph.gradients(), graph.per_document
+        energies = [inner(g, g) for g in gradients]
+        identity = gradients[-1]
+        steps: list[Tensor] = []
+        branches: dict[int, Tensor] = {}
+        identities = [inner(identity, identity)]
+        for step in reversed(range(len(graph.stream.steps))):
+            own = gradients[step]
+            pulled = graph.across(step, torch.stack([gradients[step + 1], identity]))
+            skip, identity = pulled.skip
+            rest = own - skip
+            for sublayer, at_write in pulled.writes.items():
+                branch = graph.through(sublayer, at_write[:1])[0]
+                rest = rest - branch
+                branches[sublayer] = torch.stack([inner(branch, own), inner(branch, branch), inner(branch, skip)])
+            normed = pulled.sum[0]
+            steps.insert(
+                0, torch.stack([inner(skip, own), inner(skip, skip), inner(normed, normed), inner(rest, rest)])
+            )
+            identities.insert(0, inner(identity, identity))
+        return {
+            "energy": torch.stack(energies),
+            "identity": torch.stack(identities),
+            "step": torch.stack(steps),
+            "branch": torch.stack([branches[s] for s in sorted(branches)]),
+        }
+
+    def result(self) -> GradientResult:
+        """Return the means over documents and their intervals.
+
+        Raises:
+            MissingDataError: no document has a gradient.
+        """
+        table, stream = self.table(), self.source.stream
+        reads = [s.read for s in stream.sublayers]
+        whole = {name: values.sum(-1) for name, values in table.items()}
+        rest = whole["step"][..., 3] / whole["energy"][:, :-1]
+        return GradientResult(
+            title=f"Gradient flow, {stream.name}: {self.source.description}",
+            objective=self.objective or "pooled_norm",
+            loss=document_mean(whole["loss"]),
+            documents=len(table["loss"]),
+            labels=stream.labels,
+            kinds=tuple(s.kind for s in stream.sublayers),
+            layers=tuple(s.layer for s in stream.sublayers),
+            steps=tuple(reads),
+            flow=_flow({name: values[..., -1] for name, values in table.items()}, reads),
+            flow_all=_flow(whole, reads),
+            closure=float(np.sqrt(rest.max())),
+        )
+
+
+def gradient_flow(
+    origin: Origin,
+    *,
+    stream: str | None = None,
+    model: Model | None = None,
+    documents: int | None = DOCUMENTS,
+    docs_at_once: int = DOCS_AT_ONCE,
+    progress: bool = True,
+    **corpus: Unpack[Corpus],
+) -> GradientResult:
+    """Split the gradient at every state into what came over the skip and what came through the branch.
+
+    With g_s the gradient of the objective at x_s, y_s = lambda_s x_s + w_s and x_{s+1} = P_s(y_s),
+
+        g_s = lambda_s J_P^T g_{s+1} [skip] + J_branch^T J_P^T g_{s+1} [branch]
+
+    which in a pre-norm model is dL/dx = dL/dy (1 + dF/dx); in a post-norm model the 1 holds at the sum, and the norm
+    that follows stands in front of both (He et al. 2016, arXiv 1603.05027; Xiong et al. 2020, arXiv 2002.04745). The
+    split is exact, and how exact is part of the result. A parallel layer has one skip and two branches. The scalar
+    that is differentiated is the mean cross-entropy of each document's targets (nats); where the model has no
+    vocabulary, or the tokens are not known, half the squared norm of the last state averaged over positions.
+
+    In an encoder-decoder, one stream is split: the gradient that leaves the encoder by the decoder's cross-attention
+    is that of the encoder's last state, and the branch of a cross-attention is what flows back to the decoder's own.
+
+    Args:
+        origin: a capture whose model is to be had, a model, or a source. The model itself is run.
+        stream: which stream; by default the one that the head reads.
+        model: for a capture: its model, where it is loaded already.
+        documents: run the first so many documents; None runs all.
+        docs_at_once: how many documents share a graph; memory grows with it, and nothing else does.
+        progress: show a progress bar.
+        **corpus: for a live model: what it is shown, as in `streamlens.capture`.
+
+    Raises:
+        MissingDataError: the capture's model or inputs are not to be had; or no document has a target.
+        AnatomyError: the forward pass records no gradients.
+
+    Example:
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        >>> found = gradient_flow(model, inputs=torch.randn(4, 5, 8), progress=False)
+        >>> shares = found.flow.skip_share + found.flow.branch_share
+        >>> found.objective, bool(np.allclose(shares[:, 0], 1, atol=1e-5))
+        ('pooled_norm', True)
+    """
+    source = source_of(origin, stream=stream, model=model, **corpus)
+    flow = GradientFlow(source, docs_at_once, documents)
+    run_through(flow, "gradient", progress)
+    return flow.result()
+
+
+def run_through(found: Documents, label: str, progress: bool) -> None:
+    """Fold in the blocks of the source until there are as many documents as were asked for."""
+    for block in watched(found.source, label, progress=progress):
+        if found.full:
+            break
+        found.update(block)
+
+
+def _documents_first(values: Tensor) -> Floats:
+    """From (..., doc, place) on any device to (doc, ..., place) float64."""
+    array: Floats = values.double().cpu().numpy()
+    return np.moveaxis(array, -2, 0)
+
+
+def _flow(sums: dict[str, Floats], reads: list[int]) -> Flow:
+    """Turn sums of each document into means over documents. `reads` is the step of each sublayer."""
+    energy, identity, step, branch = (sums[name] for name in ("energy", "identity", "step", "branch"))
+    skip = step[:, reads, 1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return Flow(
+            gradient_norm=document_mean(np.sqrt(energy)),
+            relative_norm=document_mean(np.sqrt(energy / energy[:, -1:])),
+            identity_gain=document_mean(np.sqrt(identity / energy[:, -1:])),
+            skip_share=document_mean(step[..., 0] / energy[:, :-1]),
+            norm_gain=document_mean(np.sqrt(step[..., 2] / energy[:, 1:])),
+            branch_share=document_mean(branch[..., 0] / energy[:, reads]),
+            branch_to_skip=document_mean(np.sqrt(branch[..., 1] / skip)),
+            cosine=document_mean(branch[..., 2] / np.sqrt(branch[..., 1] * skip)),
+        )
