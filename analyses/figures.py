@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import textwrap
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,13 +33,17 @@ PALETTE: dict[str, str] = {
 SEQUENTIAL, DIVERGING = "viridis", "vlag"
 """Colour maps of heat maps: amounts, and amounts around zero."""
 
+_TEXT, _SMALL = 9.0, 8.0
+"""Points."""
+_CHARACTERS_PER_INCH = 13
+
 _STYLE: Any = {
     "figure.dpi": 110,
     "savefig.dpi": 200,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "legend.fontsize": 8,
+    "font.size": _TEXT,
+    "axes.titlesize": _TEXT,
+    "axes.labelsize": _TEXT,
+    "legend.fontsize": _SMALL,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -74,14 +81,23 @@ def interval(ax: Axes, x: Sequence[float], low: Sequence[float], high: Sequence[
 
 
 def finish(ax: Axes, *, x: str, y: str, title: str = "") -> Axes:
-    """Label the axes, with units, and set the title."""
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
+    """Label the axes, with units, set the title, and bring all text to the house's sizes."""
+    ax.set_xlabel(x, fontsize=_TEXT)
+    ax.set_ylabel(y, fontsize=_TEXT)
+    ax.tick_params(labelsize=_SMALL)
     if title:
-        ax.set_title(title)
+        # Texts name the model and the corpus and can be long; a cut title says nothing.
+        inches = ax.get_position().width * float(ax.figure.get_figwidth())
+        lines = textwrap.wrap(title, max(20, int(inches * _CHARACTERS_PER_INCH)))
+        ax.set_title("\n".join(lines), loc="left", fontsize=_TEXT)
+    for axis in (ax.xaxis, ax.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
     sns.despine(ax=ax)
     if ax.get_legend_handles_labels()[0] and ax.get_legend() is None:
-        ax.legend()
+        ax.legend(frameon=False, fontsize=_SMALL)
     return ax
 
 
