@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import textwrap
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +86,7 @@ def finish(ax: Axes, *, x: str, y: str, title: str = "") -> Axes:
     ax.tick_params(labelsize=_SMALL)
     if title:
         # Texts name the model and the corpus and can be long; a cut title says nothing.
-        inches = ax.get_position().width * float(ax.figure.get_figwidth())
+        inches = ax.get_position().width * float(_figure_of(ax).get_figwidth())
         lines = textwrap.wrap(title, max(20, int(inches * _CHARACTERS_PER_INCH)))
         ax.set_title("\n".join(lines), loc="left", fontsize=_TEXT)
     for axis in (ax.xaxis, ax.yaxis):
@@ -95,6 +94,10 @@ def finish(ax: Axes, *, x: str, y: str, title: str = "") -> Axes:
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
+    for drawn in ax.collections:
+        if drawn.colorbar is not None:
+            drawn.colorbar.ax.tick_params(labelsize=_SMALL)
+            drawn.colorbar.ax.yaxis.label.set_size(_TEXT)
     sns.despine(ax=ax)
     if ax.get_legend_handles_labels()[0] and ax.get_legend() is None:
         ax.legend(frameon=False, fontsize=_SMALL)
@@ -103,10 +106,14 @@ def finish(ax: Axes, *, x: str, y: str, title: str = "") -> Axes:
 
 def save_figure(ax: Axes, path: Path | io.StringIO) -> None:
     """Write the figure that `ax` belongs to; into a text buffer as SVG. The same numbers give the same bytes."""
-    figure = ax.get_figure()
-    assert figure is not None, "axes without a figure"
-    root: Any = figure.figure if not isinstance(figure, Figure) else figure
     suffix = path.suffix[1:] if isinstance(path, Path) else "svg"
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
     with style():
-        root.savefig(path, format=suffix, metadata=dated)
+        _figure_of(ax).savefig(path, format=suffix, metadata=dated)
+
+
+def _figure_of(ax: Axes) -> Figure:
+    """The whole figure, also where the axes stand in a part of it."""
+    figure: Any = ax.get_figure(root=True)
+    assert figure is not None, "axes without a figure"
+    return figure  # type: ignore[no-any-return]

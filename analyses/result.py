@@ -22,7 +22,7 @@ TABLES = (".csv", ".parquet", ".json")
 class Result(ABC):
     """Base of all results; each is a frozen dataclass of arrays."""
 
-    title: str = ""
+    title: str
     """What was asked, of which model and text; the title of the figure."""
 
     @abstractmethod

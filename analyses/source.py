@@ -265,7 +265,7 @@ def watched(source: Source, what: str, *, progress: bool) -> Iterator[Block]:
     with Progress(source.n_tokens, what, enabled=progress) as bar:
         for block in source.blocks():
             yield block
-            bar.update(block.stop - block.start, 0)
+            bar.update(block.stop - block.start)
 
 
 def _token_inputs(source: Source, block: Block) -> Inputs:

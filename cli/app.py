@@ -41,6 +41,8 @@ COMMANDS: Mapping[str, LazyCommand] = {
     ),
     "inspect": LazyCommand("streamlens.cli.inspect:command", "Show what a model or a capture is made of."),
     "verify": LazyCommand("streamlens.cli.verify:command", "Check every byte of a capture and that its writes add up."),
+    "norms": LazyCommand("streamlens.cli.norms:command", "Measure what every sublayer adds to the stream."),
+    "ablate": LazyCommand("streamlens.cli.ablate:command", "Leave layers out and measure what the model loses."),
     "pack": LazyCommand("streamlens.cli.pack:command", "Write config and weights into one model.pt that loads safely."),
 }
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from streamlens.analyses.norms.door import contribution_norms as contribution_norms
     from streamlens.anatomy import Anatomy as Anatomy
     from streamlens.checkpoint.loading import load as load
     from streamlens.checkpoint.model import Model as Model
@@ -35,6 +36,7 @@ _HOMES = {
     "Anatomy": ("streamlens.anatomy", "Anatomy"),
     "Capture": ("streamlens.reader.opening", "Capture"),
     "Model": ("streamlens.checkpoint.model", "Model"),
+    "contribution_norms": ("streamlens.analyses.norms.door", "contribution_norms"),
     "capture": ("streamlens.recorder.capturing", "capture"),
     "discover": ("streamlens.discovery.streams", "discover"),
     "edit": ("streamlens.edits", "edit"),
@@ -51,6 +53,7 @@ __all__ = [
     "Capture",
     "Model",
     "capture",
+    "contribution_norms",
     "discover",
     "edit",
     "load",

@@ -72,12 +72,13 @@ class Progress:
             self._line(f"{self.total_tokens:,} tokens{resumed}")
         return self
 
-    def update(self, tokens: int, n_bytes: int) -> None:
-        """Count tokens that are done and the bytes that they took."""
+    def update(self, tokens: int, n_bytes: int = 0) -> None:
+        """Count tokens that are done and the bytes that they took, where that means something."""
         self.tokens += tokens
         self.n_bytes += n_bytes
-        if self._bar is not None:
+        if self._bar is not None and n_bytes:
             self._bar.set_postfix_str(f"{human_bytes(int(self.n_bytes / self._seconds()))}/s", refresh=False)
+        if self._bar is not None:
             self._bar.update(tokens)
 
     def __exit__(
@@ -89,10 +90,9 @@ class Progress:
         seconds = self._seconds()
         outcome = "done" if kind is None else f"stopped after {self.tokens:,} of {self.total_tokens:,} tokens"
         done = self.tokens - self._resumed_from
-        self._line(
-            f"{outcome}: {done:,} tokens, {human_bytes(self.n_bytes)} in {seconds:.1f} s "
-            f"({done / seconds:,.0f} tokens/s, {human_bytes(int(self.n_bytes / seconds))}/s)"
-        )
+        size = f", {human_bytes(self.n_bytes)}" if self.n_bytes else ""
+        speed = f", {human_bytes(int(self.n_bytes / seconds))}/s" if self.n_bytes else ""
+        self._line(f"{outcome}: {done:,} tokens{size} in {seconds:.1f} s ({done / seconds:,.0f} tokens/s{speed})")
 
     def _seconds(self) -> float:
         return max(self._clock() - self._started, 1e-9)

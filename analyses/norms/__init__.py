@@ -1,0 +1,5 @@
+"""Contribution norms: how large each write is, where it points, and what share of the last state it is.
+
+measures     what is measured, token by token        accumulate   folding blocks in
+answer       the result and its figures              door         `contribution_norms`
+"""
