@@ -77,6 +77,11 @@ class Documents:
             )
         return {name: values[moved] for name, values in joined.items()}
 
+    def title(self, what: str) -> str:
+        """Say what was measured, where, and over how many documents where it was not all."""
+        some = f", first {self.count:,} documents" if self.full else ""
+        return f"{what}, {self.source.stream.name}: {self.source.description}{some}"
+
     def _measure(self, graph: Graph) -> dict[str, Tensor]:
         """Return the sums of each document by name, each (..., doc, 2)."""
         raise NotImplementedError
@@ -124,7 +129,7 @@ class GradientFlow(Documents):
         whole = {name: values.sum(-1) for name, values in table.items()}
         rest = whole["step"][..., 3] / whole["energy"][:, :-1]
         return GradientResult(
-            title=f"Gradient flow, {stream.name}: {self.source.description}",
+            title=self.title("Gradient flow"),
             objective=self.objective or "pooled_norm",
             loss=document_mean(whole["loss"]),
             documents=len(table["loss"]),

@@ -67,7 +67,7 @@ class PathSpectrum(Documents):
         table, stream = self.table(), self.source.stream
         branches = [len(step.sublayers) for step in stream.steps]
         return SpectrumResult(
-            title=f"Gradient by path length, {stream.name}: {self.source.description}",
+            title=self.title("Gradient by path length"),
             objective=self.objective or "pooled_norm",
             loss=document_mean(table["loss"].sum(-1)),
             documents=len(table["loss"]),
@@ -189,13 +189,15 @@ class SpectrumResult(Result):
         ax.errorbar(
             self.lengths, mean, [mean - low, high - mean], fmt="none", ecolor="black", elinewidth=0.8, capsize=2
         )
-        ax.plot(self.lengths, energy, "o", color=PALETTE["mlp"], markersize=4, label="share of the energy")
+        ax.plot(
+            self.lengths, energy, "o", color=PALETTE["mlp"], markersize=4, label="share of the energy, $\\|c_k\\|^2$"
+        )
         ax.plot(self.lengths, self.paths.law, "--", color=PALETTE["block"], linewidth=1, label="binomial law, fitted")
         ax.axhline(0, color="black", linewidth=0.6)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         steps, length = len(self.branches), self.paths.mean_length[0]
-        ax.set_title(self.title)
-        return finish(ax, x=f"branches on the path (at most {steps}; mean {length:.2f})", y="share")
+        x = f"branches on the path (at most {steps}; mean {length:.2f})"
+        return finish(ax, x=x, y="share (signed: paths may cancel)", title=self.title)
 
 
 def path_spectrum(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from streamlens.analyses.gradient_graph import Objective
 from streamlens.analyses.result import Result
-from streamlens.analyses.statistics import Floats, bootstrap
+from streamlens.analyses.statistics import DocumentSums, Floats
 from streamlens.anatomy import Kind
 
 if TYPE_CHECKING:
@@ -31,11 +32,10 @@ def document_mean(values: Floats) -> Floats:
     >>> document_mean(np.array([[1.0, 5.0], [3.0, np.nan]]))[:, 0].tolist()
     [2.0, 5.0]
     """
-    flat = values.reshape(len(values), -1)
-    known = np.isfinite(flat)
-    found = [bootstrap(np.where(k, v, 0.0), k) for v, k in zip(flat.T, known.T, strict=True)]
-    table = np.array([[f.mean, f.low, f.high] for f in found], np.float64)
-    return table.reshape(*values.shape[1:], 3)
+    sums = DocumentSums(*values.shape[1:])
+    one_each = torch.from_numpy(np.moveaxis(np.where(np.isfinite(values), values, np.nan), 0, -1))
+    sums.add(one_each, torch.arange(len(values)))
+    return np.stack([sums.mean, *sums.intervals()], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,12 @@ class GradientResult(Result):
             ax.plot(states, mean, line, color=colour, label=label, marker=".", markersize=4)
             interval(ax, states, low, high, colour)
         _logarithmic(ax)
+        _whole_numbers(ax)
         return finish(ax, x="state (0: embedding)", y="gradient norm\n/ that at the last state", title=self.title)
 
     def plot_shares(self, ax: Axes | None = None) -> Axes:
         """Draw the shares of skip and branches at each step, stacked; those below zero point down."""
-        from streamlens.analyses.figures import PALETTE, axes, finish
+        from streamlens.analyses.figures import PALETTE, axes, finish, style
 
         ax = axes(ax)
         steps = np.arange(len(self.flow.skip_share))
@@ -175,9 +176,11 @@ class GradientResult(Result):
             above, below = above + np.maximum(height, 0), below + np.minimum(height, 0)
         ax.axhline(1, color="black", linewidth=0.6)
         ax.axhline(0, color="black", linewidth=0.6)
-        finish(ax, x="step (sublayer)", y="share of the gradient")
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        return ax
+        with style():
+            ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        ax.set_ylim(min(0.0, 1.08 * below.min()), 1.08 * above.max())
+        _whole_numbers(ax)
+        return finish(ax, x="step (sublayer)", y="share of the gradient")
 
     def plot_norm_gain(self, ax: Axes | None = None) -> Axes:
         """Draw what the norm after each addition does to the length of the gradient."""
@@ -188,7 +191,15 @@ class GradientResult(Result):
         ax.plot(range(len(mean)), mean, color=PALETTE["norm"], marker=".")
         interval(ax, range(len(mean)), low, high, PALETTE["norm"])
         ax.axhline(1, color="black", linewidth=0.6, linestyle=":")
+        _whole_numbers(ax)
         return finish(ax, x="step (sublayer)", y="gain of the norm\non the gradient")
+
+
+def _whole_numbers(ax: Axes) -> None:
+    """Put ticks of the horizontal axis at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _logarithmic(ax: Axes) -> None:

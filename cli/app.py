@@ -43,6 +43,9 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "verify": LazyCommand("streamlens.cli.verify:command", "Check every byte of a capture and that its writes add up."),
     "norms": LazyCommand("streamlens.cli.norms:command", "Measure what every sublayer adds to the stream."),
     "ablate": LazyCommand("streamlens.cli.ablate:command", "Leave layers out and measure what the model loses."),
+    "gradient": LazyCommand(
+        "streamlens.cli.gradient:command", "Split the gradient into what came over the skip and through the branch."
+    ),
     "pack": LazyCommand("streamlens.cli.pack:command", "Write config and weights into one model.pt that loads safely."),
 }
 

@@ -18,6 +18,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from streamlens.analyses.gradient import gradient_flow as gradient_flow
+    from streamlens.analyses.gradient_paths import SpectrumResult as SpectrumResult
+    from streamlens.analyses.gradient_paths import path_spectrum as path_spectrum
+    from streamlens.analyses.gradient_result import GradientResult as GradientResult
     from streamlens.analyses.norms.door import contribution_norms as contribution_norms
     from streamlens.anatomy import Anatomy as Anatomy
     from streamlens.checkpoint.loading import load as load
@@ -40,6 +44,10 @@ _HOMES = {
     "capture": ("streamlens.recorder.capturing", "capture"),
     "discover": ("streamlens.discovery.streams", "discover"),
     "edit": ("streamlens.edits", "edit"),
+    "GradientResult": ("streamlens.analyses.gradient_result", "GradientResult"),
+    "SpectrumResult": ("streamlens.analyses.gradient_paths", "SpectrumResult"),
+    "gradient_flow": ("streamlens.analyses.gradient", "gradient_flow"),
+    "path_spectrum": ("streamlens.analyses.gradient_paths", "path_spectrum"),
     "load": ("streamlens.checkpoint.loading", "load"),
     "observe": ("streamlens.observe", "observe"),
     "open": ("streamlens.reader.opening", "open_capture"),
@@ -51,15 +59,19 @@ _HOMES = {
 __all__ = [
     "Anatomy",
     "Capture",
+    "GradientResult",
     "Model",
+    "SpectrumResult",
     "capture",
     "contribution_norms",
     "discover",
     "edit",
+    "gradient_flow",
     "load",
     "observe",
     "open",
     "pack",
+    "path_spectrum",
     "run_from",
     "verify",
 ]

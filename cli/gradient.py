@@ -1,0 +1,93 @@
+"""`streamlens gradient`: what comes back over the skip, and what through the branch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
+from streamlens.cli.output import human, print_notes
+
+if TYPE_CHECKING:
+    from streamlens.analyses.gradient_paths import SpectrumResult
+    from streamlens.analyses.gradient_result import GradientResult
+
+_FLOW = ("label", "skip_share", "branch_share", "low", "high", "cosine", "relative_norm", "norm_gain")
+_PATHS = ("length", "share", "low", "high", "relative_norm", "energy_share", "binomial")
+
+
+@click.command("gradient")
+@analysis_options
+@click.option("--paths", is_flag=True, help="By path length instead: how many branches the gradient passed.")
+@click.option(
+    "--max-length", type=click.IntRange(min=0), help="With --paths: tell longer ones not apart. [default: 12]"
+)
+@click.option("--documents", type=click.IntRange(min=1), help="Run so many documents. [default: 32; with --paths 8]")
+@click.option("--all", "everything", is_flag=True, help="Run all documents.")
+@click.option("--docs-at-once", type=click.IntRange(min=1), help="Documents in memory at once. [default: 4; --paths 2]")
+def command(
+    origin: OriginOptions,
+    show: ShowOptions,
+    paths: bool,
+    max_length: int | None,
+    documents: int | None,
+    everything: bool,
+    docs_at_once: int | None,
+) -> None:
+    """Split the gradient of the loss, at every sublayer, into what came back over the skip and through the branch.
+
+    The model of SOURCE is run forwards and backwards. Shares of a step add up to 1. With --paths, the gradient at
+    the embedding is sorted by the number of branches that it passed, exactly and over all paths at once.
+
+    \b
+    Example:
+      streamlens gradient model.h5 --plot gradient.pdf
+      streamlens gradient model.pt --text book.txt --documents 8
+      streamlens gradient model.h5 --paths --max-length 8 --json
+    """  # noqa: D301 - click reads the \b
+    from streamlens.errors import UsageError
+
+    if max_length is not None and not paths:
+        raise UsageError("--max-length goes with --paths")
+    if everything and documents is not None:
+        raise UsageError("--all and --documents contradict each other")
+    options: dict[str, Any] = {"documents": None} if everything else {}
+    given = {"max_length": max_length, "documents": documents, "docs_at_once": docs_at_once}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if paths:
+        _by_length(origin, show, options)
+    else:
+        _by_sublayer(origin, show, options)
+
+
+def _by_sublayer(origin: OriginOptions, show: ShowOptions, options: dict[str, Any]) -> None:
+    from streamlens.analyses.gradient import gradient_flow
+
+    found = gradient_flow(origin.open(), **options)
+    show.show("gradient", found, [{name: row[name] for name in _FLOW} for row in found.rows()])
+    print_notes([*_about(found), f"skip and branches add up to the gradient within {human(found.closure)} of its norm"])
+
+
+def _by_length(origin: OriginOptions, show: ShowOptions, options: dict[str, Any]) -> None:
+    from streamlens.analyses.gradient_paths import path_spectrum
+
+    found = path_spectrum(origin.open(), **options)
+    show.show("gradient", found, [{name: row[name] for name in _PATHS} for row in found.rows()])
+    longest, paths = found.lengths[-1], found.paths
+    print_notes(
+        [
+            *_about(found),
+            f"mean path length {human(float(paths.mean_length[0]))} of at most {len(found.branches)}; paths of more "
+            f"than {longest} branches carry {human(float(paths.remainder_share[0]))} of the gradient",
+        ]
+    )
+
+
+def _about(found: GradientResult | SpectrumResult) -> list[str]:
+    from streamlens.analyses.gradient_result import OBJECTIVES
+
+    return [
+        f"differentiated: {OBJECTIVES[found.objective]}, {human(float(found.loss[0]))}, {found.documents} documents; "
+        "position 0 is left out of the table"
+    ]
