@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from streamlens.analyses.gradient_paths import SpectrumResult
     from streamlens.analyses.gradient_result import GradientResult
 
-_FLOW = ("label", "skip_share", "branch_share", "low", "high", "cosine", "relative_norm", "norm_gain")
+_FLOW = ("label", "skip_share", "branch_share", "low", "high", "cosine", "relative_norm")
 _PATHS = ("length", "share", "low", "high", "relative_norm", "energy_share", "binomial")
 
 
@@ -65,7 +65,8 @@ def _by_sublayer(origin: OriginOptions, show: ShowOptions, options: dict[str, An
     from streamlens.analyses.gradient import gradient_flow
 
     found = gradient_flow(origin.open(), **options)
-    show.show("gradient", found, [{name: row[name] for name in _FLOW} for row in found.rows()])
+    columns = (*_FLOW, "norm_gain") if found.has_norms else _FLOW
+    show.show("gradient", found, [{name: row[name] for name in columns} for row in found.rows()])
     print_notes([*_about(found), f"skip and branches add up to the gradient within {human(found.closure)} of its norm"])
 
 
