@@ -1,0 +1,98 @@
+"""Figures of positional persistence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from streamlens.analyses.figures import PALETTE, axes, finish, interval, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from streamlens.analyses.position import PositionResult
+
+NAMES = {
+    "embed": "embedding, carried by the skip",
+    "norm": "biases of the norms",
+    "attn": "written by attention",
+    "cross_attn": "written by cross-attention",
+    "mlp": "written by MLPs",
+    "mixer": "written by mixers",
+}
+"""What the kinds of terms are called in figures."""
+
+STATE = "State (0: the embedding; then after each sublayer)"
+
+
+def plot_share(found: PositionResult, ax: Axes | None = None) -> Axes:
+    """Draw the positional share of each state and its null band."""
+    with style():
+        ax = axes(ax)
+        x = np.arange(len(found.states))
+        ax.axhline(0, color=PALETTE["norm"], linewidth=0.6)
+        interval(ax, x, found.null_low, found.null_high, PALETTE["block"])  # type: ignore[arg-type]
+        ax.plot([], [], color=PALETTE["block"], alpha=0.3, linewidth=6, label="without position (95 %)")
+        other = "without" if found.include_first else "with"
+        rest = found.position_share_all if not found.include_first else None
+        if rest is not None:
+            ax.plot(x, rest, color=PALETTE["norm"], linewidth=0.9, linestyle="--", label=f"{other} position 0")
+        ax.plot(x, found.position_share, color=PALETTE["attn"], marker="o", markersize=3, label="positional part")
+        integer_ticks(ax)
+        return finish(ax, x=STATE, y="Share of the energy around the mean", title=found.title)
+
+
+def plot_origin(found: PositionResult, ax: Axes | None = None) -> Axes:
+    """Stack the shares of the terms by kind, what adds above zero and what takes away below it."""
+    with style():
+        ax = axes(ax)
+        x = np.arange(len(found.states))
+        kinds = list(dict.fromkeys(found.kinds))
+        shares = np.stack([found.share_of(kind) for kind in kinds])
+        for sign in (1.0, -1.0):
+            base = np.zeros(len(x))
+            for kind, own in zip(kinds, shares, strict=True):
+                height = np.where(own * sign > 0, own, 0.0)
+                label = NAMES.get(kind, kind) if sign > 0 else None
+                ax.bar(x, height, bottom=base, width=1.0, color=PALETTE.get(kind, PALETTE["other"]), label=label)
+                base += height
+        ax.axhline(0, color=PALETTE["block"], linewidth=0.6)
+        ax.axhline(1, color=PALETTE["block"], linewidth=0.6, linestyle=":")
+        ax.set_xlim(-0.5, len(x) - 0.5)
+        integer_ticks(ax)
+        finish(ax, x=STATE, y="Share of the positional part", title=found.title)
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return ax
+
+
+def plot_path(found: PositionResult, ax: Axes | None = None, *, state: int = -1) -> Axes:
+    """Draw the positional part of one state in its two strongest directions."""
+    with style():
+        ax = axes(ax, width=4.2, height=3.6)
+        table = found.position_vectors[state].astype(np.float64)
+        left, strength, _ = np.linalg.svd(table, full_matrices=False)
+        points = left[:, :2] * strength[:2]
+        start = 0 if found.include_first else 1
+        position = np.arange(start, start + len(points))
+        ax.plot(points[:, 0], points[:, 1], color=PALETTE["norm"], linewidth=0.6, zorder=1)
+        dots = ax.scatter(points[:, 0], points[:, 1], c=position, cmap="viridis", s=12, zorder=2)
+        figure = ax.get_figure()
+        assert figure is not None, "axes without a figure"
+        figure.colorbar(dots, ax=ax, label="Position (token)")
+        share = strength[:2] ** 2 / (strength**2).sum()
+        labels = [f"Direction {i + 1} ({part:.0%} of the positional energy)" for i, part in enumerate(share)]
+        return finish(ax, x=labels[0], y=labels[1], title=f"Positional part of {found.states[state]}")
+
+
+def integer_ticks(ax: Axes) -> None:
+    """Number states and layers by integers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def short_labels(labels: Sequence[str]) -> list[str]:
+    """Return labels without the words that all of them share."""
+    return [label.replace("_out", "") for label in labels]
