@@ -183,6 +183,12 @@ class Stream:
         """(sublayer,) the name of each write."""
         return tuple(s.label for s in self.sublayers)
 
+    @property
+    def state_labels(self) -> tuple[str, ...]:
+        """(state,) ``x_0``, then the labels of the sublayers whose writes made the state."""
+        made = (" + ".join(self.sublayers[s].label for s in step.sublayers) for step in self.steps)
+        return ("x_0", *made)
+
     def find(self, label: str) -> Sublayer:
         """Return the sublayer with this label.
 
