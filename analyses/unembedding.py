@@ -85,9 +85,14 @@ class Unembedding:
 
     def _linear(self, block: Block, normalised: Float[Tensor, "token d_model"]) -> Float[Tensor, "token vocab"]:
         """Return the logits before any cap, to first order around zero (exact where there is none)."""
-        zero, head = torch.zeros_like(normalised), self._head(block)
-        both: tuple[Tensor, Tensor] = torch.func.jvp(head, (zero,), (normalised,))  # type: ignore[assignment]
-        return both[0] + both[1]
+        with torch.enable_grad():
+            start = torch.zeros_like(normalised).requires_grad_()
+            value = self._head(block)(start)
+            # The slope along a vector as the gradient of a gradient: J^T u is linear in u, and its own transpose is J.
+            dual = torch.zeros_like(value).requires_grad_()
+            (pulled,) = torch.autograd.grad(value, start, dual, create_graph=True)
+            (slope,) = torch.autograd.grad(pulled, dual, normalised)
+        return value.detach() + slope
 
     def _pulled(self, block: Block, score: Callable[[Tensor], Tensor]) -> Tensor:
         start, head = torch.zeros(block.stop - block.start, self._source.stream.d_model), self._head(block)

@@ -172,3 +172,13 @@ def test_an_unknown_label_names_near_ones() -> None:
 def test_inputs_of_another_kind_are_refused() -> None:
     with pytest.raises(UsageError, match="not list"):
         discover(nn.Linear(2, 2), [1, 2])
+
+
+def test_the_factor_on_a_skip_is_part_of_the_anatomy() -> None:
+    """A number in the code, a parameter by its name, and nothing where the skip is plain."""
+    constant = [step.scale for step in case("scaled_skip_constant").anatomy.stream().steps]
+    assert constant == pytest.approx([0.9, 1.2, 0.9, 1.2])
+    found = case("scaled_skip_parameter")
+    names = [step.scale for step in found.anatomy.stream().steps]
+    assert all(name in dict(found.module.named_parameters()) for name in names)
+    assert all(step.scale is None for step in case("gpt2").anatomy.stream().steps)

@@ -306,6 +306,9 @@ def _scale(graph: Graph, diamond: Diamond) -> float | str | None:
     op = diamond.carrier
     if base_name(op) not in ("mul", "div"):
         return None
+    for plain in op.args:  # a number in the model's own code is no tensor
+        if isinstance(plain, (int, float)):
+            return 1.0 / plain if base_name(op) == "div" else float(plain)
     for position, source in enumerate(op.inputs):
         node = graph.nodes[graph.canonical(source)]
         if graph.canonical(source) == diamond.start:
