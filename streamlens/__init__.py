@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from streamlens.analyses.ablation.sweep import ablate as ablate
     from streamlens.analyses.gradient import gradient_flow as gradient_flow
     from streamlens.analyses.gradient_paths import SpectrumResult as SpectrumResult
     from streamlens.analyses.gradient_paths import path_spectrum as path_spectrum
@@ -41,6 +42,7 @@ _HOMES = {
     "Capture": ("streamlens.reader.opening", "Capture"),
     "Model": ("streamlens.checkpoint.model", "Model"),
     "contribution_norms": ("streamlens.analyses.norms.door", "contribution_norms"),
+    "ablate": ("streamlens.analyses.ablation.sweep", "ablate"),
     "capture": ("streamlens.recorder.capturing", "capture"),
     "discover": ("streamlens.discovery.streams", "discover"),
     "edit": ("streamlens.edits", "edit"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from streamlens.calling import check_inputs, invoke, without_cache
 from streamlens.discovery.bypass import FLAT, STATE
 from streamlens.errors import UsageError
 from streamlens.interception import Interception, Reaction
+from streamlens.observe import StopForward, tokens
 
 Change = Callable[[Tensor], Tensor]
 """From the tensor at a point, (doc, position, d_model) in the model's own layout, to what takes its place."""
@@ -97,7 +98,8 @@ def run_from(
     found = anatomy.stream(stream)
     _check(index, len(found.states), "state", found)
     prepared = without_cache(module, check_inputs(inputs))
-    own = state.transpose(0, 1) if found.position_first else state
+    # In memory as the model itself lays it out: a product over a strided tensor can round differently.
+    own = state.transpose(0, 1).contiguous() if found.position_first else state
     target = found.states[index]
     if target.made is None:
         given = {**prepared, str(target.argument): own} if isinstance(prepared, Mapping) else own
@@ -107,6 +109,67 @@ def run_from(
     change = {index: lambda old: own.reshape(old.shape).clone()}
     with passing_over(module, found, index, own.clone()), edit(module, anatomy, states=change, stream=found.name):
         return invoke(module, prepared)
+
+
+def run_between(
+    module: nn.Module,
+    anatomy: Anatomy,
+    start: int,
+    state: Float[Tensor, "doc position d_model"],
+    stop: int,
+    inputs: Any,
+    *,
+    stream: str | None = None,
+) -> Float[Tensor, "doc position d_model"]:
+    """Run the model from state x_start to state x_stop; what comes before and after costs nothing.
+
+    Two of these put layers in another order, or leave some out: ``x_stop`` need not be given back to the same place.
+
+    Args:
+        module: the model.
+        anatomy: its anatomy.
+        start: which state is given, 0 ... stop.
+        state: (doc, position, d_model).
+        stop: which state is wanted, start ... K.
+        inputs: the arguments of forward, which still say what masks and positions to use.
+        stream: name of the stream; by default the one that the head reads.
+
+    Returns:
+        (doc, position, d_model) x_stop, in the dtype of the stream.
+
+    Raises:
+        UsageError: an index out of range, or `stop` before `start`.
+
+    Example:
+        >>> import torch
+        >>> from streamlens.discovery.streams import discover
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        >>> x = torch.randn(2, 5, 8)
+        >>> anatomy = discover(model, x)
+        >>> with torch.no_grad():
+        ...     middle = run_between(model, anatomy, 0, x, 2, x)
+        ...     torch.equal(run_between(model, anatomy, 2, middle, 4, x), model(x))
+        True
+    """
+    found = anatomy.stream(stream)
+    _check(start, len(found.states), "state", found)
+    _check(stop, len(found.states), "state", found)
+    if stop < start:
+        raise UsageError(f"a run from state {start} does not come to state {stop}: give a later one")
+    made = found.states[stop].made
+    if made is None or start == stop:
+        return state
+    reached: list[Tensor] = []
+
+    def end(tensor: Tensor) -> None:
+        reached.append(tensor)
+        raise StopForward
+
+    with suppress(StopForward), Interception(module, anatomy, {made: end}):
+        run_from(module, anatomy, start, state, inputs, stream=found.name)
+    docs, positions = state.shape[:2]
+    return tokens(reached[0], found, docs, positions)
 
 
 @contextmanager

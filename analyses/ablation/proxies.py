@@ -1,0 +1,80 @@
+"""What the states alone say about how much a layer matters, without running the model again.
+
+Block Influence is Men et al.'s (2403.03853), the angular distance Gromov et al.'s (2403.17887), the relative write
+Csordás et al.'s (2505.13898). They cost one pass over the stored states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamlens.analyses.ablation.spans import Drop, extent, touched
+from streamlens.analyses.statistics import Floats, Moments
+from streamlens.anatomy import Stream
+from streamlens.block import Block
+from streamlens.errors import MissingDataError
+
+PROXIES = ("block_influence", "relative_write", "angular_distance")
+
+
+class Proxies:
+    """Block Influence, relative write and angular distance of each unit.
+
+    Args:
+        stream: the stream.
+        units: what is measured; a unit with a gap in it is measured from its first state to its last.
+    """
+
+    def __init__(self, stream: Stream, units: Sequence[Drop]) -> None:
+        self._stream = stream
+        self._units = tuple(units)
+        self._moments = {name: Moments(len(units)) for name in PROXIES}
+
+    def update(self, block: Block) -> None:
+        """Take one more block into account."""
+        docs, positions = block.shape
+        for index, unit in enumerate(self._units):
+            try:
+                before, after, write = self._measured(block, unit)
+            except MissingDataError:
+                continue  # a narrowed capture can hold all that a run needs, and not the state after it: no proxy then
+            later = torch.arange(positions, device=before.device).repeat(docs) > 0
+            cosine = torch.cosine_similarity(before, after, dim=-1).clamp(-1.0, 1.0)
+            size = torch.linalg.vector_norm(write, dim=-1) / torch.linalg.vector_norm(before, dim=-1).clamp_min(1e-6)
+            self._moments["block_influence"].add((1.0 - cosine)[later], index)
+            self._moments["relative_write"].add(size[later], index)
+            angle = torch.arccos(cosine.reshape(docs, positions)[:, -1]) / torch.pi
+            self._moments["angular_distance"].add(angle, index)
+
+    def merge(self, other: Proxies) -> None:
+        """Fold another partial result in."""
+        for name, moments in self._moments.items():
+            moments.merge(other._moments[name])
+
+    def result(self) -> Mapping[str, Floats]:
+        """(unit,) the mean of each proxy: without position 0; the angular distance at each window's last token."""
+        return {name: np.array(moments.mean) for name, moments in self._moments.items()}
+
+    def _measured(self, block: Block, unit: Drop) -> tuple[Tensor, Tensor, Tensor]:
+        first, last = extent(self._stream, unit)
+        before = block.states[first].double()
+        write = sum((block.writes[s].double() for s in unit.sublayers), torch.zeros_like(before))
+        steps = touched(self._stream, unit)
+        if len(steps) == 1 and len(steps[first]) < len(self._stream.steps[first].sublayers):
+            return before, before + write, write  # one of two parallel writes has no state of its own after it
+        return before, block.states[last].double(), write
+
+
+def rank_correlation(proxy: Floats, score: Floats) -> tuple[float, float]:
+    """Return Spearman's rank correlation and its p-value; NaN with fewer than three values or without any spread."""
+    from scipy.stats import spearmanr
+
+    known = np.isfinite(proxy) & np.isfinite(score)
+    if known.sum() < 3 or np.ptp(proxy[known]) == 0 or np.ptp(score[known]) == 0:
+        return float("nan"), float("nan")
+    found = spearmanr(proxy[known], score[known])
+    return float(found.statistic), float(found.pvalue)

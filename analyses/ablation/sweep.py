@@ -1,0 +1,199 @@
+"""Each layer and sublayer left out by itself, or what was named left out together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+
+from streamlens.analyses.ablation.proxies import Proxies, rank_correlation
+from streamlens.analyses.ablation.runs import Dropped, Setting
+from streamlens.analyses.ablation.scores import Scores
+from streamlens.analyses.ablation.spans import MODES, Drop, Mode, chosen, every, in_modes
+from streamlens.analyses.ablation.trials import mean_writes, measured
+from streamlens.analyses.result import Result
+from streamlens.analyses.source import Corpus, Origin, Source, source_of
+from streamlens.analyses.statistics import Floats
+from streamlens.checkpoint.model import Model
+from streamlens.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LABELS = {
+    "delta_loss": "increase of the loss (nats per token)",
+    "kl": "KL(full || dropped) (nats per token)",
+    "pooled_distance": "1 - cosine of the pooled output",
+}
+
+
+@dataclass(frozen=True)
+class AblationResult(Result):
+    """What was dropped, and what it did; the axis ``drop`` counts the rows."""
+
+    drops: tuple[Drop, ...]
+    """(drop,) what was left out, and in which mode."""
+    scores: Scores
+    """Sums by document or window; `rows` has the means and intervals."""
+    proxies: Mapping[str, Floats]
+    """(drop,) block_influence, relative_write and angular_distance, from the states alone; may be empty."""
+    title: str = ""
+
+    def __getitem__(self, label: str) -> dict[str, Any]:
+        """Return the first row of this label, such as ``layer 7``.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return next((row for row in self.rows() if row["drop"] == label), None) or _missing(label, self.drops)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each drop.
+
+        ``low`` and ``high`` are the 95 % interval of the first score that there is: delta_loss, else kl, else
+        pooled_distance. Means leave out position 0; columns that end in ``_with_first`` do not.
+        """
+        table = score_rows(self.scores)
+        for index, (row, drop) in enumerate(zip(table, self.drops, strict=True)):
+            named = {"drop": drop.label, "kind": drop.kind, "layer": drop.layer, "mode": drop.mode}
+            cheap = {name: float(values[index]) for name, values in self.proxies.items()}
+            table[index] = named | row | cheap
+        return table
+
+    def correlations(self) -> list[dict[str, Any]]:
+        """Return Spearman's rank correlation of each proxy with the score, over layers and over sublayers."""
+        found = []
+        score = self.scores.mean(self.scores.headline)
+        for units in ("layer", "sublayer"):
+            for mode in dict.fromkeys(d.mode for d in self.drops):
+                rows = [
+                    i
+                    for i, d in enumerate(self.drops)
+                    if d.mode == mode and d.kind != "several" and (d.kind == "layer") == (units == "layer")
+                ]
+                for name, values in self.proxies.items() if len(rows) > 2 else ():
+                    rho, p = rank_correlation(values[rows], score[rows])
+                    row = {"proxy": name, "over": units, "mode": mode, "score": self.scores.headline}
+                    found.append(row | {"count": len(rows), "spearman": rho, "p_value": p})
+        return found
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the score by layer, with its interval, for whole layers and for each kind of sublayer."""
+        from streamlens.analyses.ablation.drawing import draw_sweep
+
+        return draw_sweep(self, ax)
+
+
+def score_rows(scores: Scores) -> list[dict[str, Any]]:
+    """Return the scores of each trial as a row, those that there are."""
+    head = scores.headline
+    columns: dict[str, Floats] = {}
+    if head == "delta_loss":
+        delta = scores.mean("delta_loss")
+        with np.errstate(over="ignore"):
+            columns |= {"delta_loss": delta, "perplexity_ratio": np.exp(delta)}
+    for name in ("kl", "top1_agreement", "pooled_distance"):
+        if name in scores.sums:
+            columns[name] = scores.mean(name)
+    for name in ("delta_loss", "kl", "top1_agreement"):
+        if name in columns:
+            columns[f"{name}_with_first"] = scores.mean(name, with_first=True)
+    rows = []
+    for index in range(len(scores.mean(head))):
+        row = {name: float(values[index]) for name, values in columns.items()}
+        found = scores.interval(head, index)
+        rows.append({head: row.pop(head), "low": found.low, "high": found.high, **row})
+    return rows
+
+
+def _missing(label: str, drops: Sequence[Drop]) -> dict[str, Any]:
+    raise KeyError(f"nothing called {label!r} was dropped; there are {', '.join(d.label for d in drops)}")
+
+
+def ablate(
+    origin: Origin,
+    drop: Sequence[str | int] | str | int | None = None,
+    mode: Mode = "skip",
+    *,
+    units: str = "all",
+    per_position: bool = False,
+    protect_first: bool = False,
+    draw_seed: int = 0,
+    stream: str | None = None,
+    model: Model | None = None,
+    progress: bool = True,
+    **corpus: Unpack[Corpus],
+) -> AblationResult:
+    """Leave layers or sublayers out and measure what the model loses.
+
+    Each run begins at the stored state before what is dropped, so a sweep costs half of as many forward passes. The
+    model is edited while it runs and left as it was.
+
+    Args:
+        origin: a capture (its model is loaded), a model, or a source.
+        drop: what to drop, all of it together in one run: layers (``7``, ``"3-5"``), sublayers (``"7.attn"``, a label).
+            Without it, each layer and each sublayer is dropped by itself.
+        mode: ``skip`` (the state after is the state before, without addition and norm), ``zero`` (nothing is
+            written), ``mean`` (the mean write over the text, without position 0, is written) or ``resample`` (what was
+            written in another document is written). Where skip and zero differ (a norm after the addition, a factor on
+            the skip) both are reported. Of two parallel writes, one alone is dropped by writing zero.
+        units: of a sweep: ``layers``, ``sublayers`` or ``all``.
+        per_position: in mode mean: a mean for each position.
+        protect_first: leave position 0 as it is, so that what is measured is not the loss of the attention sink.
+        draw_seed: of the pairing of documents in mode resample.
+        stream: which stream; by default the one that the head reads.
+        model: for a capture: its model, where it is loaded already.
+        progress: show a progress bar.
+        **corpus: for a live model: what it is shown, as in `streamlens.capture`.
+
+    Returns:
+        Increase of the loss, KL divergence, top-1 agreement and perplexity ratio, with an interval over documents
+        (Lad et al. 2406.19384; Veit et al. 1605.06431); for a model without logits, how far its pooled output turns.
+
+    Raises:
+        UsageError: a layer or mode that does not exist.
+        MissingDataError: the capture lacks a state that a run begins with, or its model is not there.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        >>> encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        >>> _ = torch.nn.init.zeros_(encoder.layers[1].linear2.weight)
+        >>> _ = torch.nn.init.zeros_(encoder.layers[1].linear2.bias)
+        >>> found = ablate(encoder, inputs=torch.randn(4, 5, 8), progress=False)
+        >>> found["1_mlp_out"]["pooled_distance"]
+        0.0
+    """
+    source = source_of(origin, stream=stream, model=model, **corpus)
+    check_mode(mode)
+    if units not in ("all", "layers", "sublayers"):
+        raise UsageError(f"units are layers, sublayers or all, not {units!r}")
+    drops = every(source.stream, units, mode) if drop is None else [chosen(source.stream, drop, mode)]
+    setting = setting_for(
+        source, mode, per_position=per_position, protect_first=protect_first, seed=draw_seed, progress=progress
+    )
+    drops = in_modes(source.stream, drops, setting.parameters)
+    proxies = Proxies(source.stream, drops)
+    scores = measured(source, setting, [Dropped(d) for d in drops], "ablate", also=proxies.update, progress=progress)
+    first = ", position 0 left alone" if protect_first else ""
+    return AblationResult(tuple(drops), scores, proxies.result(), f"Layer drop ({mode}{first}): {source.description}")
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a mode that there is not.
+
+    Raises:
+        UsageError: it is none of `MODES`.
+    """
+    if mode not in MODES:
+        raise UsageError(f"no mode {mode!r}; there are {', '.join(MODES)}")
+
+
+def setting_for(
+    source: Source, mode: Mode, *, per_position: bool = False, protect_first: bool, seed: int, progress: bool
+) -> Setting:
+    """Return what runs in this mode need; mode mean looks at all writes first."""
+    means = mean_writes(source, per_position=per_position, progress=progress) if mode == "mean" else None
+    return Setting.of(source, protect_first=protect_first, means=means, seed=seed, needs_spare=mode == "resample")
