@@ -73,8 +73,8 @@ class PositionResult(Result):
     """(state,) how many directions the positional part takes up."""
     retention: Floats
     """(state,) the positional part along the reference, in units of the reference: 1 where it is carried untouched,
-    0 where it is gone. The reference is the position embedding as it stands in x_0, without one the positional part
-    of x_0."""
+    0 where it is gone. The reference is the position embedding as it stands in x_0; without one it is the positional
+    part of x_0, and where that is within its null band, this and the next two are NaN."""
     subspace_overlap: Floats
     """(state,) mean squared cosine between the strongest directions of the positional part and of the reference."""
     overlap_chance: float
@@ -225,8 +225,10 @@ def result_of(sums: PositionSums, description: str) -> PositionResult:
     parts = {k: own.parts for k, own in splits.items()}
     embedding = sums.position_parts()
     reference = _reference(sums, embedding, parts[0])
-    span = top_span(reference, SPAN)
     bands = [null_band(sums, k, splits[k]) for k in sums.states]
+    if not embedding and splits[0].share <= bands[0][1]:
+        reference = torch.zeros_like(reference)
+    span = top_span(reference, SPAN)
 
     def each(measure: Any) -> Floats:
         return np.array([measure(k) for k in sums.states], np.float64)
@@ -252,7 +254,7 @@ def result_of(sums: PositionSums, description: str) -> PositionResult:
         stable_rank=each(lambda k: stable_rank(parts[k])),
         retention=each(lambda k: _along(parts[k], reference)),
         subspace_overlap=each(lambda k: subspace_overlap(top_span(parts[k], SPAN), span)),
-        overlap_chance=span.shape[1] / span.shape[0],
+        overlap_chance=span.shape[1] / span.shape[0] if span.shape[1] else float("nan"),
         cka=each(lambda k: debiased_cka(parts[k], reference)),
         origin=_origins(sums, parts),
         position_vectors=np.stack([parts[k].float().cpu().numpy() for k in sums.states]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from streamlens.analyses.position import PositionResult
+    from streamlens.analyses.position_probes import ProbeResult
 
 NAMES = {
     "embed": "embedding, carried by the skip",
@@ -49,14 +49,22 @@ def plot_origin(found: PositionResult, ax: Axes | None = None) -> Axes:
     with style():
         ax = axes(ax)
         x = np.arange(len(found.states))
-        kinds = list(dict.fromkeys(found.kinds))
+        kinds = [kind for kind in dict.fromkeys(found.kinds) if np.any(found.share_of(kind))]
         shares = np.stack([found.share_of(kind) for kind in kinds])
         for sign in (1.0, -1.0):
             base = np.zeros(len(x))
             for kind, own in zip(kinds, shares, strict=True):
                 height = np.where(own * sign > 0, own, 0.0)
                 label = NAMES.get(kind, kind) if sign > 0 else None
-                ax.bar(x, height, bottom=base, width=1.0, color=PALETTE.get(kind, PALETTE["other"]), label=label)
+                ax.bar(
+                    x,
+                    height,
+                    bottom=base,
+                    width=1.0,
+                    color=PALETTE.get(kind, PALETTE["other"]),
+                    label=label,
+                    edgecolor="none",
+                )
                 base += height
         ax.axhline(0, color=PALETTE["block"], linewidth=0.6)
         ax.axhline(1, color=PALETTE["block"], linewidth=0.6, linestyle=":")
@@ -86,13 +94,32 @@ def plot_path(found: PositionResult, ax: Axes | None = None, *, state: int = -1)
         return finish(ax, x=labels[0], y=labels[1], title=f"Positional part of {found.states[state]}")
 
 
+def plot_probes(found: ProbeResult, ax: Axes | None = None) -> Axes:
+    """Draw R^2 of the ridge probe with its interval, and those of its controls."""
+    with style():
+        ax = axes(ax)
+        x = found.state_index
+        interval(ax, x, found.low, found.high, PALETTE["attn"])  # type: ignore[arg-type]
+        controls = (
+            (found.r_squared_control, PALETTE["mlp"], "s", "control: a random position for each kind of token"),
+            (found.r_squared_shuffled, PALETTE["norm"], "^", "control: positions in random order"),
+        )
+        ax.plot(x, found.r_squared, color=PALETTE["attn"], marker="o", markersize=3, label="position (95 % interval)")
+        for values, colour, marker, name in controls:
+            if not np.isnan(values).all():
+                ax.plot(x, values, color=colour, marker=marker, markersize=3, linewidth=0.9, label=name)
+        ax.axhline(0, color=PALETTE["norm"], linewidth=0.6)
+        lowest = np.nanmin([values.min() for values in (found.r_squared, *(c[0] for c in controls))])
+        ax.set_ylim(max(min(lowest, 0.0) - 0.05, -1.0), 1.45)
+        ax.set_yticks([t for t in np.arange(-1.0, 1.01, 0.25) if t >= ax.get_ylim()[0]])
+        integer_ticks(ax)
+        finish(ax, x=STATE, y="R² on held-out documents", title=found.title)
+        ax.legend(loc="upper left")
+        return ax
+
+
 def integer_ticks(ax: Axes) -> None:
     """Number states and layers by integers only."""
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def short_labels(labels: Sequence[str]) -> list[str]:
-    """Return labels without the words that all of them share."""
-    return [label.replace("_out", "") for label in labels]

@@ -286,7 +286,7 @@ def sums_of(
     found: PositionSums | None = None
     for block in blocks:
         if found is None:
-            count = min(MOST_POSITIONS, _first_length(block)) if positions is None else positions
+            count = min(MOST_POSITIONS, first_length(block)) if positions is None else positions
             first = 0 if include_first else 1
             found = PositionSums(source.stream, count, first=first, norms=norms, factors=factors)
         found.update(block)
@@ -297,7 +297,8 @@ def sums_of(
     return found
 
 
-def _first_length(block: Block) -> int:
+def first_length(block: Block) -> int:
+    """Return how many tokens the first document or window of a block has."""
     ends = torch.nonzero(block.position[1:] <= block.position[:-1])
     return int(ends[0]) + 1 if len(ends) else len(block.position)
 
