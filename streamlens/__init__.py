@@ -64,6 +64,7 @@ __all__ = [
     "GradientResult",
     "Model",
     "SpectrumResult",
+    "ablate",
     "capture",
     "contribution_norms",
     "discover",

@@ -100,7 +100,8 @@ def _top_and_lse(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dot(p: Tensor, z: Tensor) -> Tensor:
-    return torch.linalg.vecdot(p, z).double()
+    found: Tensor = torch.linalg.vecdot(p, z)
+    return found.double()
 
 
 def _cross_entropy(z: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
