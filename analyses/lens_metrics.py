@@ -54,7 +54,7 @@ class Workspace:
     """
 
     def __init__(self, head: Head, chunk: int, ks: Sequence[int], wide: torch.dtype, jsd: bool = False) -> None:
-        self.head, self.ks, self.wide, self.jsd = head, tuple(ks), wide, jsd
+        self.head, self.chunk, self.ks, self.wide, self.jsd = head, chunk, tuple(ks), wide, jsd
         narrow = getattr(head, "weight", torch.empty(0, dtype=wide)).dtype
         vocab, device = head.vocab, head.device
         fits = CACHE_BYTES // (vocab * wide.itemsize) if device.type == "cpu" else chunk

@@ -136,7 +136,7 @@ class DocumentSums:
         """
         wide = values.double()
         known = ~torch.isnan(wide)
-        docs, place = doc.unique(return_inverse=True)
+        docs, place = torch.unique(doc, return_inverse=True)
         empty = torch.zeros(*self.shape, len(docs), dtype=torch.float64, device=wide.device)
         place = place.to(wide.device)
         sums = empty.index_add(-1, place, torch.where(known, wide, 0.0)).cpu().numpy()
@@ -172,7 +172,8 @@ class DocumentSums:
     def mean(self) -> Floats:
         """(*series,) mean over tokens; NaN where there was nothing."""
         total, size = self.sums.sum(-1), self.counts.sum(-1)
-        return np.divide(total, size, out=np.full_like(total, np.nan), where=size > 0)
+        found: Floats = np.divide(total, size, out=np.full_like(total, np.nan), where=size > 0)
+        return found
 
     def intervals(self, *, draws: int = 1000, seed: int = 0) -> tuple[Floats, Floats]:
         """Return the ends of the 95 % interval of each mean, each (*series,); see `bootstrap`.
