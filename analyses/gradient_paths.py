@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from streamlens.analyses.gradient import Documents, run_through
 from streamlens.analyses.gradient_graph import Graph, Objective
-from streamlens.analyses.gradient_result import document_mean
+from streamlens.analyses.gradient_result import document_mean, whole_numbers
 from streamlens.analyses.result import Result
 from streamlens.analyses.source import Corpus, Origin, Source, source_of
 from streamlens.analyses.statistics import Floats
@@ -177,27 +177,43 @@ class SpectrumResult(Result):
         ]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the share of each length, the energies and the binomial law through them."""
-        from matplotlib.ticker import MaxNLocator
+        """Draw the share of each length and, in a figure of their own, the energies with the binomial law below.
 
+        Args:
+            ax: draw the shares alone, there.
+        """
+        from streamlens.analyses.figures import panels
+
+        if ax is not None:
+            return self.plot_shares(ax)
+        places = panels(2, 1, width=6.5, height=5.2)
+        self.plot_energies(places[1])
+        return self.plot_shares(places[0])
+
+    def plot_shares(self, ax: Axes | None = None) -> Axes:
+        """Draw the share of each length, signed: paths of different lengths may cancel."""
         from streamlens.analyses.figures import PALETTE, axes, finish
 
         ax = axes(ax)
         mean, low, high = self.paths.share.T
-        energy = self.paths.energy[:, 0]
-        ax.bar(self.lengths, mean, color=PALETTE["attn"], alpha=0.75, label="share of the gradient")
-        ax.errorbar(
-            self.lengths, mean, [mean - low, high - mean], fmt="none", ecolor="black", elinewidth=0.8, capsize=2
-        )
-        ax.plot(
-            self.lengths, energy, "o", color=PALETTE["mlp"], markersize=4, label="share of the energy, $\\|c_k\\|^2$"
-        )
-        ax.plot(self.lengths, self.paths.law, "--", color=PALETTE["block"], linewidth=1, label="binomial law, fitted")
+        ax.bar(self.lengths, mean, color=PALETTE["attn"], alpha=0.75)
+        ends = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
+        ax.errorbar(self.lengths, mean, ends, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
         ax.axhline(0, color="black", linewidth=0.6)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        steps, length = len(self.branches), self.paths.mean_length[0]
-        x = f"branches on the path (at most {steps}; mean {length:.2f})"
-        return finish(ax, x=x, y="share (signed: paths may cancel)", title=self.title)
+        whole_numbers(ax)
+        x = f"branches on the path (at most {len(self.branches)}; mean {self.paths.mean_length[0]:.2f})"
+        return finish(ax, x=x, y="share of the gradient", title=self.title)
+
+    def plot_energies(self, ax: Axes | None = None) -> Axes:
+        """Draw the energy of each length, and the binomial law that fits best."""
+        from streamlens.analyses.figures import PALETTE, axes, finish
+
+        ax = axes(ax)
+        ax.bar(self.lengths, self.paths.energy[:, 0], color=PALETTE["mlp"], alpha=0.75, label="measured")
+        law = f"binomial law, odds {self.paths.odds:.3g}"
+        ax.plot(self.lengths, self.paths.law, "o--", color=PALETTE["block"], linewidth=1, markersize=3, label=law)
+        whole_numbers(ax)
+        return finish(ax, x="branches on the path", y="share of the energy")
 
 
 def path_spectrum(
@@ -216,6 +232,10 @@ def path_spectrum(
     No path is sampled: see `spectrum_of`. If the Jacobians of the branches were independent Gaussian with
     E J^T J = e^2 I, the energies ||c_k||^2 would follow the binomial law with odds e^2, which is what they are
     compared with. The objective is that of `gradient_flow`.
+
+    Shares are signed, and in a deep model they cancel: where each branch takes away a little of what the skip
+    carries, (1 - a)^S = sum_k C(S, k) (-a)^k, whose terms are far larger than the sum. A large remainder at a short
+    `max_length` says just that. The mean length is exact all the same.
 
     Args:
         origin: a capture whose model is to be had, a model, or a source. The model itself is run.

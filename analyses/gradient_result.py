@@ -153,7 +153,7 @@ class GradientResult(Result):
             ax.plot(states, mean, line, color=colour, label=label, marker=".", markersize=4)
             interval(ax, states, low, high, colour)
         _logarithmic(ax)
-        _whole_numbers(ax)
+        whole_numbers(ax)
         return finish(ax, x="state (0: embedding)", y="gradient norm\n/ that at the last state", title=self.title)
 
     def plot_shares(self, ax: Axes | None = None) -> Axes:
@@ -179,7 +179,7 @@ class GradientResult(Result):
         with style():
             ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         ax.set_ylim(min(0.0, 1.08 * below.min()), 1.08 * above.max())
-        _whole_numbers(ax)
+        whole_numbers(ax)
         return finish(ax, x="step (sublayer)", y="share of the gradient")
 
     def plot_norm_gain(self, ax: Axes | None = None) -> Axes:
@@ -191,11 +191,11 @@ class GradientResult(Result):
         ax.plot(range(len(mean)), mean, color=PALETTE["norm"], marker=".")
         interval(ax, range(len(mean)), low, high, PALETTE["norm"])
         ax.axhline(1, color="black", linewidth=0.6, linestyle=":")
-        _whole_numbers(ax)
+        whole_numbers(ax)
         return finish(ax, x="step (sublayer)", y="gain of the norm\non the gradient")
 
 
-def _whole_numbers(ax: Axes) -> None:
+def whole_numbers(ax: Axes) -> None:
     """Put ticks of the horizontal axis at whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 

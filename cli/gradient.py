@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from streamlens.analyses.gradient_paths import SpectrumResult
     from streamlens.analyses.gradient_result import GradientResult
 
-_FLOW = ("label", "skip_share", "branch_share", "low", "high", "cosine", "relative_norm")
+_FLOW = ("label", "skip_share", "branch_share", "low", "high", "relative_norm")
 _PATHS = ("length", "share", "low", "high", "relative_norm", "energy_share", "binomial")
 
 
@@ -76,13 +76,18 @@ def _by_length(origin: OriginOptions, show: ShowOptions, options: dict[str, Any]
     found = path_spectrum(origin.open(), **options)
     show.show("gradient", found, [{name: row[name] for name in _PATHS} for row in found.rows()])
     longest, paths = found.lengths[-1], found.paths
-    print_notes(
-        [
-            *_about(found),
-            f"mean path length {human(float(paths.mean_length[0]))} of at most {len(found.branches)}; paths of more "
-            f"than {longest} branches carry {human(float(paths.remainder_share[0]))} of the gradient",
-        ]
-    )
+    notes = [
+        f"mean path length {human(float(paths.mean_length[0]))} of at most {len(found.branches)}; paths of more than "
+        f"{longest} branches carry {human(float(paths.remainder_share[0]))} of the gradient"
+    ]
+    if abs(float(paths.remainder_share[0])) > 0.05:
+        notes.append(f"--max-length {len(found.branches)} tells all of them apart")
+    largest = float(paths.relative_norm[:, 0].max())
+    if largest > 2:
+        notes.append(
+            f"paths of different lengths cancel: those of one length are up to {human(largest)} times the gradient"
+        )
+    print_notes([*_about(found), *notes])
 
 
 def _about(found: GradientResult | SpectrumResult) -> list[str]:
