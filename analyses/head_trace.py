@@ -88,26 +88,41 @@ class Operation:
 
 @dataclass(frozen=True)
 class Chain:
-    """Operations from one value, in slot 0, to another."""
+    """Operations from one value to another."""
 
     operations: tuple[Operation, ...]
     output: int
+    start: int = 0
+    """Slot of the value that they begin with."""
     module: Callable[[Tensor], Tensor] | None = None
     """A function to apply instead."""
 
     @classmethod
     def of(cls, module: Callable[[Tensor], Tensor] | None) -> Chain:
         """Return the chain that applies a function, or does nothing."""
-        return cls((), 0, module)
+        return cls((), 0, module=module)
 
     def __call__(self, value: Tensor) -> Tensor:
         """Run it on (token, width)."""
         if self.module is not None:
             return self.module(value)
-        values = {0: value}
+        values = {self.start: value}
         for operation in self.operations:
             operation.run(values)
         return values[self.output]
+
+    def rest_after(self, value: Tensor, middle: Tensor) -> Chain | None:
+        """Return what follows once `value` has become `middle`, bit for bit; None where it never does."""
+        values = {self.start: value}
+        if torch.equal(value, middle):
+            return self
+        for place, operation in enumerate(self.operations):
+            operation.run(values)
+            found = values[operation.outputs[0]]
+            if found.shape == middle.shape and torch.equal(found, middle):
+                later = self.operations[place + 1 :]
+                return Chain(later, self.output, operation.outputs[0])
+        return None
 
     def cut(self, place: int) -> tuple[Chain, Tensor, tuple[Operation, ...]]:
         """Cut it at a product: what comes before, the matrix (out, in), and what is done to the result.

@@ -11,14 +11,18 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from streamlens.analyses.figures import PALETTE, SEQUENTIAL, axes, finish, interval, panels, style
+from streamlens.analyses.figures import DIVERGING, PALETTE, SEQUENTIAL, axes, finish, interval, panels, style
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
     from streamlens.analyses.lens import LensResult
     from streamlens.analyses.lens_grid import LensGrid
     from streamlens.analyses.lens_tally import Summary
+    from streamlens.analyses.lens_writes import WriteLensResult
     from streamlens.analyses.tuned_lens import TunedLens
 
 STATE = "State (sublayers done)"
@@ -136,26 +140,55 @@ def plot_table(found: LensGrid, ax: Axes | None = None) -> Axes:
         words = found.words()
         for i in range(states):
             for j in range(positions):
-                _word(ax, j, i, words[i][j], float(found.probability[i, j]))
+                _word(ax, j, i, words[i][j], dark=bool(found.probability[i, j] < 0.6))
                 if found.targets[j] >= 0 and found.top[i, j] == found.targets[j]:
                     ax.add_patch(
                         Rectangle((j - 0.49, i - 0.46), 0.98, 0.92, fill=False, edgecolor="#D55E00", linewidth=1.0)
                     )
-        read = [_drawable(text) for text in found.read()]
-        ax.set_xticks(range(positions), read, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
-        every = range(0, states, max(1, -(-states // 61)))
-        ax.set_yticks(list(every), [f"{found.labels[i].replace('_out', '')}" for i in every], fontsize=6)
-        ax.tick_params(length=0)
-        figure = ax.get_figure()
-        assert figure is not None, "axes without a figure"
-        figure.colorbar(image, ax=ax, label="Probability of the likeliest token", fraction=0.05, pad=0.02, aspect=40)
+        _table_ticks(ax, found.read(), found.labels)
+        _bar(ax, image, "Probability of the likeliest token")
         finish(ax, x="Token read", y="State after")
         ax.set_title(_wrapped(found.title, int(14 * (1.6 + 0.62 * positions))))
         return ax
 
 
-def _word(ax: Axes, x: int, y: int, text: str, probability: float) -> None:
-    dark = probability < 0.6
+def plot_writes(found: WriteLensResult, ax: Axes | None = None) -> Axes:
+    """Draw what each part adds to the target's logit; the text is the token that the part promotes most."""
+    parts, positions = found.target_logit.shape
+    with style():
+        ax = axes(ax, width=1.8 + 0.62 * positions, height=1.3 + 0.17 * parts)
+        largest = float(np.nanmax(np.abs(found.target_logit), initial=1e-9, where=np.isfinite(found.target_logit)))
+        image = ax.imshow(
+            found.target_logit, cmap=DIVERGING, vmin=-largest, vmax=largest, aspect="auto", origin="lower",
+            interpolation="nearest",
+        )  # fmt: skip
+        words = found.words()
+        for i in range(parts):
+            for j in range(positions):
+                strength = abs(found.target_logit[i, j]) / largest
+                _word(ax, j, i, words[i][j], dark=bool(strength > 0.6))
+        _table_ticks(ax, found.read(), found.labels)
+        _bar(ax, image, "Centred logit of the target")
+        finish(ax, x="Token read", y="Part of the last state")
+        ax.set_title(_wrapped(found.title, int(14 * (1.8 + 0.62 * positions))))
+        return ax
+
+
+def _table_ticks(ax: Axes, read: Sequence[str], labels: Sequence[str]) -> None:
+    texts = [_drawable(text) for text in read]
+    ax.set_xticks(range(len(texts)), texts, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    every = range(0, len(labels), max(1, -(-len(labels) // 64)))
+    ax.set_yticks(list(every), [labels[i].replace("_out", "") for i in every], fontsize=6)
+    ax.tick_params(length=0)
+
+
+def _bar(ax: Axes, image: AxesImage, label: str) -> None:
+    figure = ax.get_figure()
+    assert figure is not None, "axes without a figure"
+    figure.colorbar(image, ax=ax, label=label, fraction=0.05, pad=0.02, aspect=40)
+
+
+def _word(ax: Axes, x: int, y: int, text: str, *, dark: bool) -> None:
     drawn = ax.text(
         x, y, _drawable(text), ha="center", va="center", fontsize=5.5, color="white" if dark else "black",
         parse_math=False, clip_on=True,

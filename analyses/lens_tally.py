@@ -16,7 +16,7 @@ from streamlens.analyses.lens_metrics import METRICS, Workspace, Yardstick
 from streamlens.analyses.source import Source, target_ids
 from streamlens.analyses.statistics import DocumentSums, Floats, Moments, Quantiles
 from streamlens.analyses.unembed import Head, LinearHead
-from streamlens.block import Block, LazyRows
+from streamlens.block import Block, LazyRows, NormStatistics
 from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
@@ -239,17 +239,32 @@ def prediction_depth(top: Tensor) -> Tensor:
 
 
 def restricted(block: Block, rows: Tensor) -> Block:
-    """Return some tokens of a block, with their states and nothing else.
+    """Return some tokens of a block; nothing is fetched before it is asked for.
 
     Args:
         block: the block.
         rows: (row,) int64 which tokens of it.
     """
-    states = LazyRows(len(block.states), lambda k: block.states[k][rows.to(block.states[k].device)])
+
+    def pick(tensor: Tensor) -> Tensor:
+        return tensor[rows.to(tensor.device)]
+
+    def norm(index: int) -> NormStatistics:
+        mean, rstd = block.norms[index]
+        return pick(mean), pick(rstd)
+
     return Block(
-        block.start, block.stop, block.ids[rows], block.doc[rows], block.position[rows],
-        parts=(), states=states, writes=(), norms=(), mixes={},
-    )  # fmt: skip
+        block.start,
+        block.stop,
+        pick(block.ids),
+        pick(block.doc),
+        pick(block.position),
+        parts=LazyRows(len(block.parts), lambda i: pick(block.parts[i])),
+        states=LazyRows(len(block.states), lambda k: pick(block.states[k])),
+        writes=LazyRows(len(block.writes), lambda s: pick(block.writes[s])),
+        norms=LazyRows(len(block.norms), norm),
+        mixes={s: pick(mix) for s, mix in block.mixes.items()},
+    )
 
 
 def _cast(head: Head, dtype: torch.dtype | None) -> Head:

@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "inspect": LazyCommand("streamlens.cli.inspect:command", "Show what a model or a capture is made of."),
     "verify": LazyCommand("streamlens.cli.verify:command", "Check every byte of a capture and that its writes add up."),
     "norms": LazyCommand("streamlens.cli.norms:command", "Measure what every sublayer adds to the stream."),
+    "lens": LazyCommand("streamlens.cli.lens:command", "Look at every state through the model's own head."),
     "ablate": LazyCommand("streamlens.cli.ablate:command", "Leave layers out and measure what the model loses."),
     "gradient": LazyCommand(
         "streamlens.cli.gradient:command", "Split the gradient into what came over the skip and through the branch."

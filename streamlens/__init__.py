@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from streamlens.analyses.gradient_paths import SpectrumResult as SpectrumResult
     from streamlens.analyses.gradient_paths import path_spectrum as path_spectrum
     from streamlens.analyses.gradient_result import GradientResult as GradientResult
+    from streamlens.analyses.lens import LensResult as LensResult
+    from streamlens.analyses.lens import logit_lens as logit_lens
+    from streamlens.analyses.lens_writes import WriteLensResult as WriteLensResult
+    from streamlens.analyses.lens_writes import write_lens as write_lens
     from streamlens.analyses.norms.door import contribution_norms as contribution_norms
+    from streamlens.analyses.tuned_lens import TunedLens as TunedLens
+    from streamlens.analyses.tuned_lens import load_lens as load_lens
+    from streamlens.analyses.tuned_lens import train_lens as train_lens
     from streamlens.anatomy import Anatomy as Anatomy
     from streamlens.checkpoint.loading import load as load
     from streamlens.checkpoint.model import Model as Model
@@ -50,6 +57,13 @@ _HOMES = {
     "SpectrumResult": ("streamlens.analyses.gradient_paths", "SpectrumResult"),
     "gradient_flow": ("streamlens.analyses.gradient", "gradient_flow"),
     "path_spectrum": ("streamlens.analyses.gradient_paths", "path_spectrum"),
+    "LensResult": ("streamlens.analyses.lens", "LensResult"),
+    "TunedLens": ("streamlens.analyses.tuned_lens", "TunedLens"),
+    "WriteLensResult": ("streamlens.analyses.lens_writes", "WriteLensResult"),
+    "load_lens": ("streamlens.analyses.tuned_lens", "load_lens"),
+    "logit_lens": ("streamlens.analyses.lens", "logit_lens"),
+    "train_lens": ("streamlens.analyses.tuned_lens", "train_lens"),
+    "write_lens": ("streamlens.analyses.lens_writes", "write_lens"),
     "load": ("streamlens.checkpoint.loading", "load"),
     "observe": ("streamlens.observe", "observe"),
     "open": ("streamlens.reader.opening", "open_capture"),
@@ -62,8 +76,11 @@ __all__ = [
     "Anatomy",
     "Capture",
     "GradientResult",
+    "LensResult",
     "Model",
     "SpectrumResult",
+    "TunedLens",
+    "WriteLensResult",
     "ablate",
     "capture",
     "contribution_norms",
@@ -71,12 +88,16 @@ __all__ = [
     "edit",
     "gradient_flow",
     "load",
+    "load_lens",
+    "logit_lens",
     "observe",
     "open",
     "pack",
     "path_spectrum",
     "run_from",
+    "train_lens",
     "verify",
+    "write_lens",
 ]
 
 
