@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from streamlens.analyses.position import PositionResult
+    from streamlens.analyses.position_lesion import LesionResult
     from streamlens.analyses.position_probes import ProbeResult
 
 NAMES = {
@@ -116,6 +117,46 @@ def plot_probes(found: ProbeResult, ax: Axes | None = None) -> Axes:
         finish(ax, x=STATE, y="R² on held-out documents", title=found.title)
         ax.legend(loc="upper left")
         return ax
+
+
+def plot_lesions(found: LesionResult, ax: Axes | None = None) -> Axes:
+    """Draw the positional share by state, unchanged and after each removal, beside its control."""
+    with style():
+        ax = axes(ax)
+        x = np.arange(len(found.states))
+        ax.fill_between(x, 0, found.null_high, color=PALETTE["block"], alpha=0.2, linewidth=0)
+        ax.plot(x, found.baseline, color=PALETTE["block"], marker="o", markersize=3, label="unchanged")
+        looks = {"position": (PALETTE["mlp"], "-", "s"), "random": (PALETTE["attn"], "--", "^")}
+        names = {"position": "position subspace removed from the skip", "random": "random subspace, same energy"}
+        for number, lesion in enumerate(found.lesions):
+            if lesion.mode in looks:
+                colour, line, marker = looks[lesion.mode]
+                label = names.pop(lesion.mode, None)
+                shares = found.position_share[number]
+                ax.plot(x, shares, color=colour, linestyle=line, marker=marker, markersize=3, label=label)
+                ax.axvline(lesion.step + 0.5, color=PALETTE["norm"], linewidth=0.6, linestyle=":")
+        ax.axhline(0, color=PALETTE["norm"], linewidth=0.6)
+        integer_ticks(ax)
+        return finish(ax, x=STATE, y="Share of the energy around the mean", title=found.title)
+
+
+def plot_scale(found: LesionResult, ax: Axes | None = None) -> Axes:
+    """Draw the positional share of the last state against the factor on the skip."""
+    with style():
+        ax = axes(ax)
+        ax.axhspan(0, found.null_high[-1], color=PALETTE["block"], alpha=0.2, linewidth=0)
+        rows = [
+            (x.label, x.alpha, found.position_share[i, -1]) for i, x in enumerate(found.lesions) if x.mode == "scale"
+        ]
+        colours = [PALETTE[kind] for kind in ("attn", "mlp", "mixer", "embed", "other", "cross_attn", "block")]
+        for number, label in enumerate(dict.fromkeys(label for label, _, _ in rows)):
+            points = sorted((alpha, share) for name, alpha, share in rows if name == label)
+            colour = colours[number % len(colours)]
+            ax.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=f"skip around {label}")
+        ax.axhline(found.baseline[-1], color=PALETTE["norm"], linewidth=0.6, linestyle=":", label="unchanged")
+        return finish(
+            ax, x="Factor on the skip", y="Share of the energy around the mean,\nlast state", title=found.title
+        )
 
 
 def integer_ticks(ax: Axes) -> None:

@@ -185,7 +185,7 @@ def position_probes(
 def sample_of(
     source: Source, length: int, positions: int | None, include_first: bool, documents: int, tokens: int, seed: int
 ) -> Sample:
-    """Plan a sample, from the length of the first document."""
+    """Plan a sample that is spread over all of a source, from the length of the first document."""
     count = min(MOST_POSITIONS, length) if positions is None else positions
     return Sample(count, source.n_tokens // length, documents, tokens, 0 if include_first else 1, seed)
 

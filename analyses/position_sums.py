@@ -269,7 +269,12 @@ class Split:
 
 
 def sums_of(
-    source: Source, blocks: Iterable[Block], *, positions: int | None = None, include_first: bool = False
+    source: Source,
+    blocks: Iterable[Block],
+    *,
+    positions: int | None = None,
+    include_first: bool = False,
+    origins: bool = True,
 ) -> PositionSums:
     """Add up the blocks of a source.
 
@@ -278,17 +283,19 @@ def sums_of(
         blocks: its blocks, behind a progress bar perhaps.
         positions: how many positions of each document; by default those of the first document, at most 128.
         include_first: whether position 0 counts in the headline numbers.
+        origins: whether to follow the terms of each state, too.
 
     Raises:
         MissingDataError: no document is long enough, or something was left out of the capture.
     """
-    norms, factors = stream_norms(source.stream, source.parameters), skip_factors(source.stream, source.parameters)
+    norms = stream_norms(source.stream, source.parameters) if origins else {}
+    factors = skip_factors(source.stream, source.parameters) if origins else ()
     found: PositionSums | None = None
     for block in blocks:
         if found is None:
             count = min(MOST_POSITIONS, first_length(block)) if positions is None else positions
             first = 0 if include_first else 1
-            found = PositionSums(source.stream, count, first=first, norms=norms, factors=factors)
+            found = PositionSums(source.stream, count, first=first, norms=norms, factors=factors, origins=origins)
         found.update(block)
     if found is None or not found.docs:
         raise MissingDataError(
