@@ -141,10 +141,18 @@ class PositionResult(Result):
         ]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the positional share of each state with the band that it has without position."""
-        from streamlens.analyses.position_figures import plot_share
+        """Draw the positional share of each state with the band that it has without position.
 
-        return plot_share(self, ax)
+        In a figure of its own, where the positional part comes from (`plot_origin`) is drawn below.
+        """
+        from streamlens.analyses.figures import panels
+        from streamlens.analyses.position_figures import plot_origin, plot_share
+
+        if ax is not None:
+            return plot_share(self, ax)
+        above, below = panels(2, 1, width=7.0, height=5.6)
+        plot_origin(self, below).set_title("")
+        return plot_share(self, above)
 
     def plot_origin(self, ax: Axes | None = None) -> Axes:
         """Draw where the positional part of each state comes from, as stacked shares that sum to 1."""

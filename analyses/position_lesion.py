@@ -145,10 +145,18 @@ class LesionResult(Result):
         return [{short.get(name, name): row[name] for name in names} for row in self.rows()]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the positional share by state, unchanged and after each selective lesion with its control."""
-        from streamlens.analyses.position_figures import plot_lesions
+        """Draw the positional share by state, unchanged and after each selective lesion with its control.
 
-        return plot_lesions(self, ax)
+        In a figure of its own, the lesions that scale the skip (`plot_scale`) are drawn below.
+        """
+        from streamlens.analyses.figures import panels
+        from streamlens.analyses.position_figures import plot_lesions, plot_scale
+
+        if ax is not None or not any(x.mode == "scale" for x in self.lesions):
+            return plot_lesions(self, ax)
+        above, below = panels(2, 1, width=7.0, height=5.6)
+        plot_scale(self, below).set_title("")
+        return plot_lesions(self, above)
 
     def plot_scale(self, ax: Axes | None = None) -> Axes:
         """Draw the positional share of the last state against the factor on the skip."""

@@ -44,6 +44,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "norms": LazyCommand("streamlens.cli.norms:command", "Measure what every sublayer adds to the stream."),
     "lens": LazyCommand("streamlens.cli.lens:command", "Look at every state through the model's own head."),
     "ablate": LazyCommand("streamlens.cli.ablate:command", "Leave layers out and measure what the model loses."),
+    "position": LazyCommand("streamlens.cli.position:command", "Measure position in every state, and who carries it."),
     "gradient": LazyCommand(
         "streamlens.cli.gradient:command", "Split the gradient into what came over the skip and through the branch."
     ),

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from streamlens.analyses.lens_writes import WriteLensResult as WriteLensResult
     from streamlens.analyses.lens_writes import write_lens as write_lens
     from streamlens.analyses.norms.door import contribution_norms as contribution_norms
+    from streamlens.analyses.position import PositionResult as PositionResult
+    from streamlens.analyses.position import positional_persistence as positional_persistence
+    from streamlens.analyses.position_lesion import LesionResult as LesionResult
+    from streamlens.analyses.position_lesion import position_lesion as position_lesion
+    from streamlens.analyses.position_probes import ProbeResult as ProbeResult
+    from streamlens.analyses.position_probes import position_probes as position_probes
     from streamlens.analyses.tuned_lens import TunedLens as TunedLens
     from streamlens.analyses.tuned_lens import load_lens as load_lens
     from streamlens.analyses.tuned_lens import train_lens as train_lens
@@ -64,6 +70,12 @@ _HOMES = {
     "logit_lens": ("streamlens.analyses.lens", "logit_lens"),
     "train_lens": ("streamlens.analyses.tuned_lens", "train_lens"),
     "write_lens": ("streamlens.analyses.lens_writes", "write_lens"),
+    "LesionResult": ("streamlens.analyses.position_lesion", "LesionResult"),
+    "PositionResult": ("streamlens.analyses.position", "PositionResult"),
+    "ProbeResult": ("streamlens.analyses.position_probes", "ProbeResult"),
+    "position_lesion": ("streamlens.analyses.position_lesion", "position_lesion"),
+    "position_probes": ("streamlens.analyses.position_probes", "position_probes"),
+    "positional_persistence": ("streamlens.analyses.position", "positional_persistence"),
     "load": ("streamlens.checkpoint.loading", "load"),
     "observe": ("streamlens.observe", "observe"),
     "open": ("streamlens.reader.opening", "open_capture"),
@@ -77,7 +89,10 @@ __all__ = [
     "Capture",
     "GradientResult",
     "LensResult",
+    "LesionResult",
     "Model",
+    "PositionResult",
+    "ProbeResult",
     "SpectrumResult",
     "TunedLens",
     "WriteLensResult",
@@ -94,6 +109,9 @@ __all__ = [
     "open",
     "pack",
     "path_spectrum",
+    "position_lesion",
+    "position_probes",
+    "positional_persistence",
     "run_from",
     "train_lens",
     "verify",
