@@ -97,7 +97,7 @@ def finish(ax: Axes, *, x: str, y: str, title: str = "") -> Axes:
     for drawn in ax.collections:
         if drawn.colorbar is not None:
             drawn.colorbar.ax.tick_params(labelsize=_SMALL)
-            drawn.colorbar.ax.yaxis.label.set_size(_TEXT)
+            drawn.colorbar.ax.yaxis.label.set_fontsize(_TEXT)
     sns.despine(ax=ax)
     if ax.get_legend_handles_labels()[0] and ax.get_legend() is None:
         ax.legend(frameon=False, fontsize=_SMALL)

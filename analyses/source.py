@@ -144,9 +144,11 @@ class CaptureSource:
 
     def _load(self, source: str) -> Model:
         if not Path(source).exists():
+            # A factory is code: the name of one in a file is never run, only suggested.
+            way = f"--model {source}" if ":" in source else "--model-file"
             raise MissingDataError(
-                f"{self.capture.path} was made from {source}, which is not here: run this where it is, or give the "
-                f"model itself (--model-file, in Python model=)"
+                f"{self.capture.path} was made from {source}, which is not a file here: run this where it is, or give "
+                f"the model itself ({way}; in Python model=)"
             )
         return load(source, dtype=str(self.capture.attrs["dtype"]))
 

@@ -17,8 +17,13 @@ NormStatistics = tuple[Tensor, Tensor]
 """mean and rstd with which a norm treats each token, each (token,) float32."""
 
 
+_KEPT = 8
+"""Rows that are kept at once: an analysis goes through a stream in order and looks back a step or two. More would be
+the whole stream of the block, and memory that is new for each block costs more than reading a row twice."""
+
+
 class LazyRows(Sequence[Row]):
-    """A sequence of which each entry is fetched when it is first asked for, and kept."""
+    """A sequence of which each entry is fetched when it is asked for; the last few are kept."""
 
     def __init__(self, count: int, fetch: Callable[[int], Row]) -> None:
         """Say how many there are and how to fetch one."""
@@ -40,6 +45,8 @@ class LazyRows(Sequence[Row]):
             return [self[i] for i in self._indices[index]]
         place = self._indices[index]
         if place not in self._kept:
+            if len(self._kept) >= _KEPT:
+                del self._kept[next(iter(self._kept))]
             self._kept[place] = self._fetch(place)
         return self._kept[place]
 

@@ -114,17 +114,18 @@ def test_git_ignores_nothing_of_the_fixtures() -> None:
 
 def test_core_imports_neither_analyses_nor_the_command_line() -> None:
     forbidden = re.compile(r"(streamlens\.(analyses|cli)|analyses|cli|click|sklearn|seaborn|matplotlib)(\.|$)")
+    door = ROOT / "streamlens" / "__init__.py"  # names the functions of the analyses; imports them when asked
     offenders = [
         f"{path.name}: {name}"
         for path in own_files("streamlens")
         for name in imported_names(ast.walk(ast.parse(path.read_text())))
-        if forbidden.match(name)
+        if forbidden.match(name) and path != door
     ]
     assert not offenders
 
 
 def test_optional_packages_are_imported_where_they_are_used() -> None:
-    optional = re.compile(r"(transformers|safetensors|gguf|tokenizers|accelerate|xarray)(\.|$)")
+    optional = re.compile(r"(transformers|safetensors|gguf|tokenizers|accelerate|xarray|pyarrow)(\.|$)")
     offenders = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in own_files("streamlens", "analyses", "cli")

@@ -173,7 +173,7 @@ def _attributions(
     folded: ContributionNorms, block: Block, unembedding: Unembedding, targets: Tensor, *, centred: bool = True
 ) -> Tensor:
     table = torch.zeros(len(folded.contributions), len(MEASURES), block.stop, dtype=torch.float64)
-    folded._walk(block, unembedding.directions(block, targets, centred=centred), "logit_attribution", table)
+    folded._walk_back(block, unembedding.directions(block, targets, centred=centred), "logit_attribution", table)
     return table[:, MEASURES.index("logit_attribution")].sum(0).float()
 
 

@@ -221,3 +221,10 @@ def test_the_program_writes_what_the_factories_read(tmp_path: Path, monkeypatch:
     (found,) = json.loads((tmp_path / RECORD).read_text()).items()
     assert found[0] == "nope"
     assert (found[1]["steps"], found[1]["seed"]) == (1, 0)
+
+
+def test_a_factory_brings_its_tokenizer() -> None:
+    loaded = sl.load(factory="fixtures.witnesses:rope")
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("skip")) == "skip"
+    assert loaded.sha256 == witnesses.model("rope").sha256

@@ -1,8 +1,12 @@
-"""Fold blocks of a stream into contribution norms; nothing grows with the number of tokens."""
+"""Fold blocks of a stream into contribution norms; nothing grows with the number of tokens.
+
+A block is gone through once, in the order of the stream: each tensor is read, measured while it is in the cache, and
+forgotten. What is left of it are a few numbers per token, from which everything else follows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,16 +16,20 @@ from torch import Tensor
 from streamlens.analyses.frozen import stream_norms
 from streamlens.analyses.heads import Projection
 from streamlens.analyses.norms.answer import NormsResult
-from streamlens.analyses.norms.measures import MEASURES, Contribution, Size, pair, proximities, size
+from streamlens.analyses.norms.measures import MEASURES, Contribution, pair, proximities
 from streamlens.analyses.source import Source, target_ids
 from streamlens.analyses.statistics import Moments, Quantiles
 from streamlens.analyses.transport import BIAS, pulled_back, skip_factors
 from streamlens.analyses.unembedding import Unembedding
 from streamlens.block import Block
 
-_COSINE_TOKENS = 256
-"""Tokens whose writes are held side by side for the cosines between them."""
 _OUTLIER = 10.0
+_dot = torch.linalg.vecdot
+
+
+def _absolute(vectors: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(vectors, ord=1, dim=-1)
+    return size
 
 
 class ContributionNorms:
@@ -31,7 +39,7 @@ class ContributionNorms:
         self,
         source: Source,
         *,
-        sample: int = 4096,
+        sample: int = 512,
         projections: Mapping[int, Projection] | None = None,
         unembedding: Unembedding | None = None,
     ) -> None:
@@ -39,13 +47,14 @@ class ContributionNorms:
 
         Args:
             source: where the blocks come from.
-            sample: tokens over which cosines between writes are taken.
+            sample: tokens over which cosines between writes and outlier dimensions are taken.
             projections: output projections by sublayer, for rows of single heads.
             unembedding: the way to the logits, for direct attribution.
         """
         self.source, self.stream = source, source.stream
         self._norms = stream_norms(self.stream, source.parameters)
         self._factors = skip_factors(self.stream, source.parameters)
+        self._plain = not self._norms and all(isinstance(f, float) and f == 1.0 for f in self._factors)
         self._centred = any(n.state is None and n.form == "layer_norm" for n in self.stream.norms)
         self._projections, self._unembedding = projections or {}, unembedding
         self._left, self.tokens = sample, 0
@@ -60,19 +69,22 @@ class ContributionNorms:
 
     def update(self, block: Block) -> None:
         """Fold one block in."""
-        table = torch.full(
-            (len(self.contributions), len(MEASURES), block.stop - block.start), torch.nan, dtype=torch.float64
-        )
-        sizes, first = self._states(block), block.position == 0
-        self._writes(block, sizes, table)
-        self._layers(block, sizes, table)
-        self._shares(block, sizes, table)
+        count = block.stop - block.start
+        table = torch.full((len(self.contributions), len(MEASURES), count), torch.nan)
+        _Walk(self, block, table).run()
+        if not self._plain:
+            self._walk_back(block, _direction(block, self._centred), "projection_share", table)
+            self._identity(block)
+        if self._unembedding is not None:
+            targets = target_ids(self.source, block)
+            self._walk_back(block, self._unembedding.directions(block, targets), "logit_attribution", table)
+            table[:, MEASURES.index("logit_attribution"), targets < 0] = torch.nan
         self.with_first.add(table)
-        table[..., first] = torch.nan
+        table = table[..., block.position != 0]
         self.without_first.add(table)
         self.quantiles.add(table)
-        self._between(block)
-        self.tokens += block.stop - block.start
+        self._left -= min(self._left, count)
+        self.tokens += count
 
     def merge(self, other: ContributionNorms) -> None:
         """Fold another partial result of the same stream in."""
@@ -87,7 +99,7 @@ class ContributionNorms:
         """Return what was found so far."""
         mean = self.without_first.mean
         write, read = MEASURES.index("write_norm"), MEASURES.index("read_norm")
-        rms = (self._spread / max(1, self.tokens)).sqrt()
+        rms = (self._spread / max(1, self._sampled)).sqrt()
         flags = rms > _OUTLIER * rms.median(-1, keepdim=True).values
         return NormsResult(
             title=self.source.description,
@@ -99,10 +111,10 @@ class ContributionNorms:
             high=self.quantiles.at(0.75),
             state_norm=self.states.mean,
             ratio_of_means=mean[:, write] / mean[:, read],
-            identity_gain=float(self.gain.mean[0]) if self._norms else 1.0,
+            identity_gain=float(self.gain.mean[0]) if not self._plain else 1.0,
             labels=self.stream.labels,
             cosines=(self._cosines / max(1, self._sampled)).numpy(),
-            outlier_dimensions=tuple(tuple(np.flatnonzero(row).tolist()) for row in flags.cpu().numpy()),
+            outlier_dimensions=tuple(tuple(np.flatnonzero(row).tolist()) for row in flags.numpy()),
             n_tokens=self.tokens,
         )
 
@@ -110,121 +122,162 @@ class ContributionNorms:
         rows = [Contribution(part.label, "embed", None) for part in self.stream.parts]
         for sublayer in self.stream.sublayers:
             rows.append(Contribution(sublayer.label, sublayer.kind, sublayer.layer))
-            for head in range(
-                len(self._projections[sublayer.index].weight) if sublayer.index in self._projections else 0
-            ):
-                rows.append(Contribution(f"{sublayer.label}.{head}", "head", sublayer.layer))
+            heads = len(self._projections[sublayer.index].weight) if sublayer.index in self._projections else 0
+            rows += [Contribution(f"{sublayer.label}.{head}", "head", sublayer.layer) for head in range(heads)]
         rows += [Contribution(f"bias:{n.label}", BIAS, None) for n in self.stream.norms if n.state is not None]
         rows += [Contribution(f"layer.{layer}", "layer", layer) for layer in range(self.stream.layers)]
         return tuple(rows)
 
     def _put(self, table: Tensor, kind: str, label: str, **values: Tensor) -> None:
+        row = table[self._row[kind, label]]
         for measure, value in values.items():
-            table[self._row[kind, label], MEASURES.index(measure)] = value
+            row[MEASURES.index(measure)] = value
 
-    def _states(self, block: Block) -> list[Size]:
-        kept = block.position != 0
-        sizes = []
-        for index in range(len(self.stream.steps) + 1):
-            state = block.states[index].float()
-            square = state * state
-            sizes.append(Size(square.sum(-1), state.abs().sum(-1)))
-            self._spread[index] += square.sum(0).double().cpu()
-            self.states.add(sizes[-1].square[kept].double().sqrt(), index)
-        return sizes
-
-    def _writes(self, block: Block, sizes: list[Size], table: Tensor) -> None:
-        for index, step in enumerate(self.stream.steps):
-            state, factor = block.states[index].float(), self._factors[index]
-            skip = state if factor == 1.0 else state * factor
-            writes = [block.writes[s].float() for s in step.sublayers]
-            own = [size(w) for w in writes]
-            for s, write, measured in zip(step.sublayers, writes, own, strict=True):
-                product = torch.linalg.vecdot(state, write)
-                sublayer = self.stream.sublayers[s]
-                self._put(table, sublayer.kind, sublayer.label, **pair(sizes[index].square, measured.square, product))
-                self._heads(block, s, state, sizes[index], table)
-            self._nearness(index, skip, writes, own, sizes, table)
-
-    def _nearness(
-        self, index: int, skip: Tensor, writes: list[Tensor], own: list[Size], sizes: list[Size], table: Tensor
-    ) -> None:
-        """Proximity of each write within the sum of its step."""
-        plain = index + 1 not in self._norms and self._factors[index] == 1.0
-        if plain and len(writes) == 1:  # y is the next state and y - w the one before: both are measured already
-            whole, without = sizes[index + 1].absolute, [own[0].absolute, sizes[index].absolute]
-        else:
-            total = torch.stack([skip, *writes]).sum(0)
-            whole, without = total.abs().sum(-1), [(total - term).abs().sum(-1) for term in (skip, *writes)]
-        shares = proximities(whole, without)
-        for s, share in zip(self.stream.steps[index].sublayers, shares[1:], strict=True):
-            sublayer = self.stream.sublayers[s]
-            self._put(table, sublayer.kind, sublayer.label, proximity=share)
-
-    def _layers(self, block: Block, sizes: list[Size], table: Tensor) -> None:
-        """All writes of one block together; Block Influence between the states before and after it."""
-        for layer in range(self.stream.layers):
-            own = [s for s in self.stream.sublayers if s.layer == layer]
-            before, after = own[0].read, own[-1].read + 1
-            state, total = block.states[before].float(), block.writes[own[0].index].float()
-            for s in own[1:]:
-                total = total + block.writes[s.index].float()
-            values = pair(sizes[before].square, torch.linalg.vecdot(total, total), torch.linalg.vecdot(state, total))
-            moved = torch.linalg.vecdot(state, block.states[after].float()).double()
-            moved /= (sizes[before].square.double() * sizes[after].square.double()).sqrt().clamp_min(1e-30)
-            self._put(table, "layer", f"layer.{layer}", **{**values, "block_influence": 1 - moved.clamp(-1, 1)})
-
-    def _heads(self, block: Block, sublayer: int, state: Tensor, read: Size, table: Tensor) -> None:
-        if sublayer not in self._projections:
-            return
-        written = self._projections[sublayer].heads(block.mixes[sublayer])
-        for head in range(written.shape[1]):
-            product = torch.linalg.vecdot(state, written[:, head])
-            square = torch.linalg.vecdot(written[:, head], written[:, head])
-            label = f"{self.stream.sublayers[sublayer].label}.{head}"
-            self._put(table, "head", label, **pair(read.square, square, product))
-
-    def _shares(self, block: Block, sizes: list[Size], table: Tensor) -> None:
-        """Walk back from the last state, once along the state itself and once along the targets' logits."""
-        along = block.states[-1].float()
-        if self._centred:
-            along = along - along.mean(-1, keepdim=True)
-        scale = torch.linalg.vecdot(along, along).clamp_min(1e-30)
-        self._walk(block, along / scale[:, None], "projection_share", table)
-        if self._unembedding is not None:
-            targets = target_ids(self.source, block)
-            self._walk(block, self._unembedding.directions(block, targets), "logit_attribution", table)
-            table[:, MEASURES.index("logit_attribution"), targets < 0] = torch.nan
-        if self._norms:
-            self._identity(block, sizes)
-
-    def _walk(self, block: Block, direction: Tensor, measure: str, table: Tensor) -> None:
+    def _walk_back(self, block: Block, direction: Tensor, measure: str, table: Tensor) -> None:
+        """Measure every part along a direction at the last state, through all norms that it passes on its way."""
         for summand, along in pulled_back(self.stream, self._norms, block, direction, factors=self._factors):
-            self._put(table, summand.kind, summand.label, **{measure: torch.linalg.vecdot(summand.vectors, along)})
+            self._put(table, summand.kind, summand.label, **{measure: _dot(summand.vectors, along)})
             if summand.kind in ("attn", "cross_attn") and summand.index in self._projections:
-                heads = self._projections[summand.index].heads(block.mixes[summand.index])
-                shares = einsum(heads, along, "token head d_model, token d_model -> head token")
-                for head, share in enumerate(shares):
-                    self._put(table, "head", f"{summand.label}.{head}", **{measure: share})
+                self._heads_along(block, summand.index, along, measure, table)
 
-    def _identity(self, block: Block, sizes: list[Size]) -> None:
-        """The factor by which the norms shrink x_0 on its way along the skips alone."""
+    def _heads_along(self, block: Block, sublayer: int, along: Tensor, measure: str, table: Tensor) -> None:
+        heads = self._projections[sublayer].heads(block.mixes[sublayer])
+        shares = einsum(heads, along, "token head d_model, token d_model -> head token")
+        for head, share in enumerate(shares):
+            self._put(table, "head", f"{self.stream.sublayers[sublayer].label}.{head}", **{measure: share})
+
+    def _identity(self, block: Block) -> None:
+        """The factor by which norms and factors change the size of x_0 on its way along the skips alone."""
         rstds = {n.state: block.norms[i][1] for i, n in enumerate(self.stream.norms)}
-        state = block.states[0].float()
+        first = state = block.states[0].float()
         for index, factor in enumerate(self._factors):
-            state = state if factor == 1.0 else state * factor
+            state = state * factor
             if index + 1 in self._norms:
                 state = self._norms[index + 1].linear(state, rstds[index + 1])
         kept = block.position != 0
-        self.gain.add((torch.linalg.vector_norm(state, dim=-1) / sizes[0].square.sqrt())[kept], 0)
+        norm = torch.linalg.vector_norm
+        self.gain.add((norm(state, dim=-1) / norm(first, dim=-1))[kept], 0)
 
-    def _between(self, block: Block) -> None:
-        """Cosines between the writes of one token, for the first tokens only."""
-        count = min(self._left, block.stop - block.start)
-        for start in range(0, count, _COSINE_TOKENS):
-            chosen = slice(start, min(count, start + _COSINE_TOKENS))
-            writes = torch.stack([w[chosen].float() for w in block.writes])
-            unit = torch.nn.functional.normalize(writes, dim=-1).flatten(1)
-            self._cosines += (unit @ unit.T).double().cpu()
-        self._left -= count
-        self._sampled += count
+
+def _direction(block: Block, centred: bool) -> Tensor:
+    """(token, d_model) x_K / |x_K|^2, without its mean where the head's norm takes that away."""
+    along = block.states[-1].float()
+    if centred:
+        along = along - along.mean(-1, keepdim=True)
+    scaled: Tensor = along / _dot(along, along).clamp_min(1e-30)[:, None]
+    return scaled
+
+
+class _Walk:
+    """One pass over a block, from its embedding to its last state."""
+
+    def __init__(self, norms: ContributionNorms, block: Block, table: Tensor) -> None:
+        self.norms, self.stream, self.block, self.table = norms, norms.stream, block, table
+        self.along = _direction(block, norms._centred) if norms._plain else None
+        self.sample = min(norms._left, block.stop - block.start)
+        self.unit: list[Tensor] = []
+        """For each write, (sampled token, d_model) of length one."""
+        count = len(self.stream.sublayers), block.stop - block.start
+        self.square, self.absolute, self.along_read = (torch.empty(count) for _ in range(3))
+        """For each write: |w|^2, |w|_1, <w, the state that it read>."""
+        states = len(self.stream.steps) + 1, block.stop - block.start
+        self.state_square, self.state_absolute = torch.empty(states), torch.empty(states)
+        layers = self.stream.layers, block.stop - block.start
+        self.layer_square, self.layer_read, self.layer_states = (torch.zeros(layers) for _ in range(3))
+        """For each layer, of the sum w of its writes and the state x before it: |w|^2, <w, x>, <x, state after>."""
+
+    def run(self) -> None:
+        """Measure."""
+        if self.along is not None:
+            for part, vectors in zip(self.stream.parts, self.block.parts, strict=True):
+                self._put("embed", part.label, projection_share=_dot(vectors.float(), self.along))
+        current = self._state(0)
+        opened: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        for index, step in enumerate(self.stream.steps):
+            writes = [self._write(s, current) for s in step.sublayers]
+            following = self._state(index + 1)
+            self._nearness(index, current, writes, step.sublayers)
+            for s, write in zip(step.sublayers, writes, strict=True):
+                opened.setdefault(self.stream.sublayers[s].layer, (current, []))[1].append(write)
+            for layer in [k for k in opened if self._ends(k) == index]:
+                self._layer(layer, *opened.pop(layer), following)
+            current = following
+        self._derive()
+        self._sampled()
+
+    def _put(self, kind: str, label: str, **values: Tensor) -> None:
+        self.norms._put(self.table, kind, label, **values)
+
+    def _state(self, index: int) -> Tensor:
+        state = self.block.states[index].float()
+        self.state_square[index], self.state_absolute[index] = _dot(state, state), _absolute(state)
+        if self.sample:
+            self.norms._spread[index] += state[: self.sample].double().square().sum(0).cpu()
+        return state
+
+    def _write(self, s: int, state: Tensor) -> Tensor:
+        write, sublayer = self.block.writes[s].float(), self.stream.sublayers[s]
+        self.square[s], self.absolute[s], self.along_read[s] = _dot(write, write), _absolute(write), _dot(write, state)
+        if self.along is not None:
+            self._put(sublayer.kind, sublayer.label, projection_share=_dot(write, self.along))
+        if s in self.norms._projections:
+            self._heads(s, state)
+        if self.sample:
+            self.unit.append(torch.nn.functional.normalize(write[: self.sample], dim=-1).flatten())
+        return write
+
+    def _heads(self, s: int, state: Tensor) -> None:
+        written = self.norms._projections[s].heads(self.block.mixes[s])
+        read = _dot(state, state)
+        for head in range(written.shape[1]):
+            own = written[:, head]
+            values = pair(read, _dot(own, own), _dot(state, own))
+            self._put("head", f"{self.stream.sublayers[s].label}.{head}", **values)
+        if self.along is not None:
+            self.norms._heads_along(self.block, s, self.along, "projection_share", self.table)
+
+    def _nearness(self, index: int, state: Tensor, writes: Sequence[Tensor], sublayers: Sequence[int]) -> None:
+        """Proximity of each write within the sum of its step."""
+        if self.norms._plain and len(writes) == 1:
+            # y is the next state, y - w the one before: their sizes are known.
+            whole, without = self.state_absolute[index + 1], [self.absolute[sublayers[0]], self.state_absolute[index]]
+        else:
+            terms = [state * self.norms._factors[index], *writes]
+            total = torch.stack(terms).sum(0)
+            whole, without = _absolute(total), [_absolute(total - term) for term in terms]
+        for s, share in zip(sublayers, proximities(whole, without)[1:], strict=True):
+            self._put(self.stream.sublayers[s].kind, self.stream.sublayers[s].label, proximity=share)
+
+    def _ends(self, layer: int) -> int:
+        return max(s.read for s in self.stream.sublayers if s.layer == layer)
+
+    def _layer(self, layer: int, before: Tensor, writes: Sequence[Tensor], after: Tensor) -> None:
+        total = writes[0] if len(writes) == 1 else writes[0] + writes[1]
+        for write in writes[2:]:
+            total = total + write
+        self.layer_square[layer], self.layer_read[layer] = _dot(total, total), _dot(total, before)
+        self.layer_states[layer] = _dot(before, after)
+
+    def _derive(self) -> None:
+        """Everything that follows from the products, for all sublayers and layers at once."""
+        reads = [s.read for s in self.stream.sublayers]
+        kept = self.block.position != 0
+        self.norms.states.add(self.state_square[:, kept].double().sqrt())
+        for measure, values in pair(self.state_square[reads], self.square, self.along_read).items():
+            rows = [self.norms._row[s.kind, s.label] for s in self.stream.sublayers]
+            self.table[rows, MEASURES.index(measure)] = values.float()
+        first = [min(s.read for s in self.stream.sublayers if s.layer == k) for k in range(self.stream.layers)]
+        last = [self._ends(k) + 1 for k in range(self.stream.layers)]
+        found = pair(self.state_square[first], self.layer_square, self.layer_read)
+        sizes = (self.state_square[first].double() * self.state_square[last].double()).sqrt().clamp_min(1e-30)
+        found["block_influence"] = 1 - (self.layer_states.double() / sizes).clamp(-1, 1)
+        rows = [self.norms._row["layer", f"layer.{k}"] for k in range(self.stream.layers)]
+        for measure, values in found.items():
+            self.table[rows, MEASURES.index(measure)] = values.float()
+
+    def _sampled(self) -> None:
+        """Cosines between the writes of one token."""
+        if self.sample:
+            unit = torch.stack(self.unit)
+            self.norms._cosines += (unit @ unit.T).double().cpu()
+            self.norms._sampled += self.sample

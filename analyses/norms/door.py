@@ -19,7 +19,7 @@ def contribution_norms(
     model: Model | None = None,
     heads: bool = False,
     logits: bool = False,
-    sample: int = 4096,
+    sample: int = 512,
     progress: bool = True,
     **corpus: Unpack[Corpus],
 ) -> NormsResult:
@@ -31,7 +31,7 @@ def contribution_norms(
         model: for a capture: its model, where it is at hand. It is only needed for `heads` and `logits`.
         heads: also every attention head by itself; a capture needs its value mixes (``--heads``).
         logits: also attribute the target's logit directly to every contribution.
-        sample: tokens over which the cosines between writes are taken.
+        sample: tokens over which the cosines between writes and the outlier dimensions are taken.
         progress: show a progress bar.
         **corpus: what a live model is shown.
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 MEASURES = (
@@ -41,21 +40,6 @@ class Contribution:
     kind: str
     """embed, attn, cross_attn, mixer, mlp; layer, for all writes of a block; head; norm, for the bias of one."""
     layer: int | None
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of the vectors of one tensor, each (token,) float32."""
-
-    square: Tensor
-    """|v|^2"""
-    absolute: Tensor
-    """sum of |v_i|"""
-
-
-def size(vectors: Float[Tensor, "token d_model"]) -> Size:
-    """Measure the vectors of a tensor."""
-    return Size(torch.linalg.vecdot(vectors, vectors), vectors.abs().sum(-1))
 
 
 def pair(read: Tensor, write: Tensor, product: Tensor) -> dict[str, Tensor]:

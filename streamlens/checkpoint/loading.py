@@ -40,7 +40,7 @@ Parts = tuple[nn.Module, dict[str, Any], Tokenizer | None]
 
 
 def load(
-    source: str | os.PathLike[str] | nn.Module | Model | None,
+    source: str | os.PathLike[str] | nn.Module | Model | None = None,
     *,
     config: Config | None = None,
     factory: Factory | None = None,
@@ -53,7 +53,8 @@ def load(
     Args:
         source: what `streamlens pack` wrote, a nanoGPT `ckpt.pt`, a state dict (bare, or in the wrapper of a training
             loop), a safetensors or GGUF file, a Hugging Face folder, or a live module. A live module stays on its
-            device and is taken as it is: put into eval mode, its parameters frozen. None if the factory is enough.
+            device and is taken as it is: put into eval mode, its parameters frozen; its attribute `tokenizer` is used
+            if it has a `Tokenizer` there. None if the factory is enough.
         config: for weights that bring none: a Hugging Face config or nanoGPT's `model_args`, as a dict or a JSON file.
             A config.json beside the weights is found by itself.
         factory: a function that makes the module, or its name as `package.module:function`; the weights of `source`
@@ -102,7 +103,8 @@ def _live(module: nn.Module, dtype: torch.dtype | None, device: str | torch.devi
     if dtype is not None:
         inner.to(dtype)
     source = source or f"{type(inner).__module__}.{type(inner).__qualname__}"
-    return wrap(inner, source, _description(inner), device=device)
+    own = getattr(inner, "tokenizer", None)
+    return wrap(inner, source, _description(inner), own if isinstance(own, Tokenizer) else None, device=device)
 
 
 def _description(module: nn.Module) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def _from_factory(
         state = read_safetensors(weight_files(path) if kind is FileKind.FOLDER else [path])
     assign_state(module, strip_prefixes(state, module.state_dict()), f"{path} and {name}")
     loaded = _live(module, dtype, device, str(source))
-    loaded.tokenizer = tokenizer_in(path if kind is FileKind.FOLDER else path.parent)
+    loaded.tokenizer = tokenizer_in(path if kind is FileKind.FOLDER else path.parent) or loaded.tokenizer
     return loaded
 
 

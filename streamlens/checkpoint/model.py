@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ _CHUNK_BYTES = 1 << 26
 """Bytes hashed at a time: the copy from a device, or of a strided tensor's piece, stays this small."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to token ids and back; `fingerprint` is equal for two tokenizers exactly when they cut text alike."""
 
