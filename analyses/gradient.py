@@ -6,44 +6,49 @@ from typing import Unpack
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streamlens.analyses.gradient_graph import Graph, Objective, graphs, objective_of
-from streamlens.analyses.gradient_result import Flow, GradientResult, document_mean
+from streamlens.analyses.gradient_result import Flow, GradientResult, interval_mean
 from streamlens.analyses.source import Corpus, Origin, Source, source_of, watched
 from streamlens.analyses.statistics import Floats
 from streamlens.block import Block
 from streamlens.checkpoint.model import Model
 from streamlens.errors import MissingDataError, UsageError
 
-DOCUMENTS = 32
-"""How many documents are differentiated unless more are asked for: 8,192 tokens in windows of 256."""
+SEQUENCES = 32
+"""How many sequences are differentiated unless more are asked for: 8,192 tokens in windows of 256."""
 
-DOCS_AT_ONCE = 4
-"""How many documents share a graph unless told: their activations and logits are what takes the memory."""
+AT_ONCE = 4
+"""How many sequences share a graph unless told: their activations and logits are what takes the memory."""
 
 
-class Documents:
-    """Some numbers of each document, and how many documents there may be: what both gradient analyses accumulate."""
+class Sequences:
+    """Some numbers of each sequence, and how many sequences there may be: what both gradient analyses accumulate.
 
-    def __init__(self, source: Source, docs_at_once: int, limit: int | None) -> None:
+    A sequence is a window, or a document that was kept whole.
+    """
+
+    def __init__(self, source: Source, at_once: int, limit: int | None) -> None:
         """Say where the blocks come from; nothing is run yet.
 
         Raises:
-            UsageError: a limit below one document.
+            UsageError: a limit below one sequence.
         """
-        if docs_at_once < 1 or (limit is not None and limit < 1):
-            raise UsageError("at least one document has to be run, at a time and in all")
+        if at_once < 1 or (limit is not None and limit < 1):
+            raise UsageError("at least one sequence has to be run, at a time and in all")
         self.source = source
-        self.docs_at_once = docs_at_once
+        self.at_once = at_once
         self.limit = limit
         self.objective: Objective | None = None
         self.tables: list[dict[str, Floats]] = []
+        self.doc: list[int] = []
 
     @property
     def count(self) -> int:
-        """Documents so far."""
-        return sum(len(table["loss"]) for table in self.tables)
+        """Sequences so far."""
+        return len(self.doc)
 
     @property
     def full(self) -> bool:
@@ -51,47 +56,56 @@ class Documents:
         return self.limit is not None and self.count >= self.limit
 
     def update(self, block: Block) -> None:
-        """Run the documents of a block, those that the limit still allows, and fold them in."""
+        """Run the sequences of a block, those that the limit still allows, and fold them in."""
         self.objective = objective_of(self.source, block)
         left = None if self.limit is None else self.limit - self.count
-        for graph in graphs(self.source, block, self.docs_at_once, left):
-            table = {"loss": graph.losses.detach()[..., None], **self._measure(graph)}
-            self.tables.append({name: _documents_first(values) for name, values in table.items()})
+        doc = block.doc.reshape(block.shape)[:, 0].tolist()
+        for graph in graphs(self.source, block, self.at_once, left):
+            table = {name: _sequences_first(values) for name, values in self._measure(graph).items()}
+            self.tables.append({**table, "loss": graph.losses.detach().double().cpu().numpy()})
+            self.doc += doc[: graph.docs]
+            doc = doc[graph.docs :]
 
-    def merge(self, other: Documents) -> None:
+    def merge(self, other: Sequences) -> None:
         """Fold another partial result in."""
         self.objective = self.objective or other.objective
         self.tables += other.tables
+        self.doc += other.doc
 
-    def table(self) -> dict[str, Floats]:
-        """Return the numbers of all documents that have a gradient, each (doc, ..., 2): position 0, later ones.
+    def table(self) -> tuple[dict[str, Floats], NDArray[np.int64]]:
+        """Return the numbers of all sequences that have a gradient, and the document that each comes from.
+
+        The sums are (sequence, ..., 2): over position 0, and over the later ones. The loss is (sequence,).
 
         Raises:
-            MissingDataError: there is no such document.
+            MissingDataError: there is no such sequence.
         """
         joined = {} if not self.tables else {k: np.concatenate([t[k] for t in self.tables]) for k in self.tables[0]}
         moved = joined["energy"].reshape(self.count, -1).sum(-1) > 0 if joined else np.zeros(0, bool)
         if not moved.any():
             raise MissingDataError(
-                "no document has a gradient: each needs at least two tokens, so that one has a target"
+                "no sequence has a gradient: each needs at least two tokens, so that one has a target"
             )
-        return {name: values[moved] for name, values in joined.items()}
+        return {name: values[moved] for name, values in joined.items()}, np.array(self.doc, np.int64)[moved]
 
     def title(self, what: str) -> str:
-        """Say what was measured, where, and over how many documents where it was not all."""
-        some = f", first {self.count:,} documents" if self.full else ""
+        """Say what was measured, where, and over how many sequences where it was not all."""
+        some = f", first {self.count:,} sequences" if self.full else ""
         return f"{what}, {self.source.stream.name}: {self.source.description}{some}"
 
     def _measure(self, graph: Graph) -> dict[str, Tensor]:
-        """Return the sums of each document by name, each (..., doc, 2)."""
+        """Return the sums of each sequence by name, each (..., doc, 2)."""
         raise NotImplementedError
 
 
-class GradientFlow(Documents):
+_SUMS = ("energy", "identity", "step", "branch")
+
+
+class GradientFlow(Sequences):
     """Folds in the split of the gradient block by block."""
 
     def _measure(self, graph: Graph) -> dict[str, Tensor]:
-        gradients, inner = graph.gradients(), graph.per_document
+        gradients, inner = graph.gradients(), graph.per_sequence
         energies = [inner(g, g) for g in gradients]
         identity = gradients[-1]
         steps: list[Tensor] = []
@@ -119,26 +133,28 @@ class GradientFlow(Documents):
         }
 
     def result(self) -> GradientResult:
-        """Return the means over documents and their intervals.
+        """Return the means over sequences and their intervals.
 
         Raises:
-            MissingDataError: no document has a gradient.
+            MissingDataError: no sequence has a gradient.
         """
-        table, stream = self.table(), self.source.stream
+        (table, doc), stream = self.table(), self.source.stream
         reads = [s.read for s in stream.sublayers]
-        whole = {name: values.sum(-1) for name, values in table.items()}
+        later = {name: table[name][..., 1] for name in _SUMS}
+        whole = {name: table[name].sum(-1) for name in _SUMS}
         rest = whole["step"][..., 3] / whole["energy"][:, :-1]
         return GradientResult(
             title=self.title("Gradient flow"),
             objective=self.objective or "pooled_norm",
-            loss=document_mean(whole["loss"]),
-            documents=len(table["loss"]),
+            loss=interval_mean(table["loss"], doc),
+            sequences=len(doc),
+            documents=len(np.unique(doc)),
             labels=stream.labels,
             kinds=tuple(s.kind for s in stream.sublayers),
             layers=tuple(s.layer for s in stream.sublayers),
             steps=tuple(reads),
-            flow=_flow({name: values[..., -1] for name, values in table.items()}, reads),
-            flow_all=_flow(whole, reads),
+            flow=_flow(later, doc, reads),
+            flow_all=_flow(whole, doc, reads),
             closure=float(np.sqrt(rest.max())),
         )
 
@@ -148,8 +164,8 @@ def gradient_flow(
     *,
     stream: str | None = None,
     model: Model | None = None,
-    documents: int | None = DOCUMENTS,
-    docs_at_once: int = DOCS_AT_ONCE,
+    sequences: int | None = SEQUENCES,
+    at_once: int = AT_ONCE,
     progress: bool = True,
     **corpus: Unpack[Corpus],
 ) -> GradientResult:
@@ -162,7 +178,7 @@ def gradient_flow(
     which in a pre-norm model is dL/dx = dL/dy (1 + dF/dx); in a post-norm model the 1 holds at the sum, and the norm
     that follows stands in front of both (He et al. 2016, arXiv 1603.05027; Xiong et al. 2020, arXiv 2002.04745). The
     split is exact, and how exact is part of the result. A parallel layer has one skip and two branches. The scalar
-    that is differentiated is the mean cross-entropy of each document's targets (nats); where the model has no
+    that is differentiated is the mean cross-entropy of each sequence's targets (nats); where the model has no
     vocabulary, or the tokens are not known, half the squared norm of the last state averaged over positions.
 
     In an encoder-decoder, one stream is split: the gradient that leaves the encoder by the decoder's cross-attention
@@ -172,13 +188,13 @@ def gradient_flow(
         origin: a capture whose model is to be had, a model, or a source. The model itself is run.
         stream: which stream; by default the one that the head reads.
         model: for a capture: its model, where it is loaded already.
-        documents: run the first so many documents; None runs all.
-        docs_at_once: how many documents share a graph; memory grows with it, and nothing else does.
+        sequences: run the first so many windows (or documents kept whole); None runs all.
+        at_once: how many sequences share a graph; memory grows with it, and nothing else does.
         progress: show a progress bar.
         **corpus: for a live model: what it is shown, as in `streamlens.capture`.
 
     Raises:
-        MissingDataError: the capture's model or inputs are not to be had; or no document has a target.
+        MissingDataError: the capture's model or inputs are not to be had; or no sequence has a target.
         AnatomyError: the forward pass records no gradients.
 
     Example:
@@ -190,37 +206,38 @@ def gradient_flow(
         ('pooled_norm', True)
     """
     source = source_of(origin, stream=stream, model=model, **corpus)
-    flow = GradientFlow(source, docs_at_once, documents)
+    flow = GradientFlow(source, at_once, sequences)
     run_through(flow, "gradient", progress)
     return flow.result()
 
 
-def run_through(found: Documents, label: str, progress: bool) -> None:
-    """Fold in the blocks of the source until there are as many documents as were asked for."""
+def run_through(found: Sequences, label: str, progress: bool) -> None:
+    """Fold in the blocks of the source until there are as many sequences as were asked for."""
     for block in watched(found.source, label, progress=progress):
         if found.full:
             break
         found.update(block)
 
 
-def _documents_first(values: Tensor) -> Floats:
-    """From (..., doc, place) on any device to (doc, ..., place) float64."""
+def _sequences_first(values: Tensor) -> Floats:
+    """From (..., sequence, place) on any device to (sequence, ..., place) float64."""
     array: Floats = values.double().cpu().numpy()
     return np.moveaxis(array, -2, 0)
 
 
-def _flow(sums: dict[str, Floats], reads: list[int]) -> Flow:
-    """Turn sums of each document into means over documents. `reads` is the step of each sublayer."""
-    energy, identity, step, branch = (sums[name] for name in ("energy", "identity", "step", "branch"))
+def _flow(sums: dict[str, Floats], doc: NDArray[np.int64], reads: list[int]) -> Flow:
+    """Turn sums of each sequence into means over sequences. `reads` is the step of each sublayer."""
+    energy, identity, step, branch = (sums[name] for name in _SUMS)
     skip = step[:, reads, 1]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return Flow(
-            gradient_norm=document_mean(np.sqrt(energy)),
-            relative_norm=document_mean(np.sqrt(energy / energy[:, -1:])),
-            identity_gain=document_mean(np.sqrt(identity / energy[:, -1:])),
-            skip_share=document_mean(step[..., 0] / energy[:, :-1]),
-            norm_gain=document_mean(np.sqrt(step[..., 2] / energy[:, 1:])),
-            branch_share=document_mean(branch[..., 0] / energy[:, reads]),
-            branch_to_skip=document_mean(np.sqrt(branch[..., 1] / skip)),
-            cosine=document_mean(branch[..., 2] / np.sqrt(branch[..., 1] * skip)),
-        )
+        found = {
+            "gradient_norm": np.sqrt(energy),
+            "relative_norm": np.sqrt(energy / energy[:, -1:]),
+            "identity_gain": np.sqrt(identity / energy[:, -1:]),
+            "skip_share": step[..., 0] / energy[:, :-1],
+            "norm_gain": np.sqrt(step[..., 2] / energy[:, 1:]),
+            "branch_share": branch[..., 0] / energy[:, reads],
+            "branch_to_skip": np.sqrt(branch[..., 1] / skip),
+            "cosine": branch[..., 2] / np.sqrt(branch[..., 1] * skip),
+        }
+    return Flow(**{name: interval_mean(values, doc) for name, values in found.items()})

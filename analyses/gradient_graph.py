@@ -23,8 +23,8 @@ from streamlens.recorder.pilot import parameters_of
 from streamlens.replay import last, run
 
 Objective = Literal["cross_entropy", "pooled_norm"]
-"""The scalar that is differentiated: the mean cross-entropy of a document's targets (nats), or, where there are no
-targets, half the squared norm of the last state averaged over the document's positions."""
+"""The scalar that is differentiated: the mean cross-entropy of a sequence's targets (nats), or, where there are no
+targets, half the squared norm of the last state averaged over the sequence's positions."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Pulled:
 
 @dataclass
 class Graph:
-    """The states and writes of some documents, as nodes of the graph of one forward pass.
+    """The states and writes of some sequences, as nodes of the graph of one forward pass.
 
-    A column is one of several gradients that are pulled back together; tokens count document by document.
+    A column is one of several gradients that are pulled back together; tokens count sequence by sequence.
     """
 
     stream: Stream
@@ -55,12 +55,12 @@ class Graph:
     writes: dict[int, Tensor]
     """(doc, position, d_model) by sublayer, as they are added."""
     losses: Tensor
-    """(doc,) the objective of each document."""
+    """(doc,) the objective of each sequence."""
     batched: bool = field(default=True)
     """Whether several columns go through a branch at once; found out at the first branch that cannot."""
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradient of each document's objective at every state, each (token, d_model)."""
+        """Return the gradient of each sequence's objective at every state, each (token, d_model)."""
         found = torch.autograd.grad(
             self.losses.sum(), self.states, retain_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -111,7 +111,7 @@ class Graph:
                 self.batched = False
         return torch.stack([self._flat(_pull(write, state, column)) for column in given])
 
-    def per_document(self, first: Tensor, second: Tensor) -> Tensor:
+    def per_sequence(self, first: Tensor, second: Tensor) -> Tensor:
         """Return inner products summed over position 0 and over all later ones, (..., doc, 2) float64.
 
         Args:
@@ -144,14 +144,17 @@ def objective_of(source: Source, block: Block) -> Objective:
     return "cross_entropy" if known else "pooled_norm"
 
 
-def graphs(source: Source, block: Block, docs_at_once: int, limit: int | None = None) -> Iterator[Graph]:
-    """Run the documents of a block a few at a time, each time with the graph kept.
+def graphs(source: Source, block: Block, at_once: int, limit: int | None = None) -> Iterator[Graph]:
+    """Run the sequences of a block a few at a time, each time with the graph kept.
+
+    A sequence is a window, or a document that was kept whole. The last token of one has no target, even where the
+    text goes on in the next: otherwise the objective would depend on how the sequences were cut into blocks.
 
     Args:
         source: where the block comes from; its model is run.
-        block: whole documents.
-        docs_at_once: how many documents share a graph, which bounds the memory.
-        limit: how many documents of the block to run; by default all.
+        block: whole sequences.
+        at_once: how many sequences share a graph, which bounds the memory.
+        limit: how many sequences of the block to run; by default all.
 
     Raises:
         MissingDataError: the capture's model or inputs are not to be had.
@@ -160,11 +163,13 @@ def graphs(source: Source, block: Block, docs_at_once: int, limit: int | None = 
     module, (docs, positions) = source.model.module, block.shape
     inputs = without_cache(module, source.inputs(block))
     axis = 1 if source.anatomy.stream().position_first else 0
-    targets = target_ids(source, block).reshape(docs, positions)
+    targets = target_ids(source, block).reshape(docs, positions).clone()
+    if source.causal:
+        targets[:, -1] = -1
     objective = objective_of(source, block)
     last_doc = docs if limit is None else min(docs, limit)
-    for first in range(0, last_doc, docs_at_once):
-        chosen = list(range(first, min(last_doc, first + docs_at_once)))
+    for first in range(0, last_doc, at_once):
+        chosen = list(range(first, min(last_doc, first + at_once)))
         some = select_docs(inputs, chosen, axis, docs)
         wanted = targets[chosen] if objective == "cross_entropy" else None
         yield open_graph(module, source.anatomy, source.stream, some, (len(chosen), positions), wanted)
@@ -178,7 +183,7 @@ def open_graph(
     shape: tuple[int, int],
     targets: Tensor | None,
 ) -> Graph:
-    """Run a model once and keep the graph from x_0 of a stream to each document's objective.
+    """Run a model once and keep the graph from x_0 of a stream to each sequence's objective.
 
     Args:
         module: the model; its parameters need no gradients.
@@ -280,7 +285,7 @@ class _Keeper:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the targets of each document, (doc,) nats; 0 where a document has none."""
+    """Mean over the targets of each sequence, (doc,) nats; 0 where one has none."""
     wide = logits.float() if logits.dtype.itemsize < 4 else logits
     each = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     count = (targets >= 0).sum(-1).clamp_min(1)

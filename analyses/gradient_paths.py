@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from streamlens.analyses.gradient import Documents, run_through
+from streamlens.analyses.gradient import Sequences, run_through
 from streamlens.analyses.gradient_graph import Graph, Objective
-from streamlens.analyses.gradient_result import document_mean, whole_numbers
+from streamlens.analyses.gradient_result import interval_mean, whole_numbers
 from streamlens.analyses.result import Result
 from streamlens.analyses.source import Corpus, Origin, Source, source_of
 from streamlens.analyses.statistics import Floats
@@ -23,29 +24,32 @@ from streamlens.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DOCUMENTS = 8
-"""How many documents are run unless more are asked for: each costs a backward pass for every length."""
+SEQUENCES = 8
+"""How many sequences are run unless more are asked for: each costs a backward pass for every length."""
 
-DOCS_AT_ONCE = 2
-"""How many documents share a graph unless told: a gradient is held for every length."""
+AT_ONCE = 2
+"""How many sequences share a graph unless told: a gradient is held for every length."""
 
 
-class PathSpectrum(Documents):
+_SUMS = ("energy", "share", "square", "rest", "moment")
+
+
+class PathSpectrum(Sequences):
     """Folds in the spectrum of path lengths block by block."""
 
-    def __init__(self, source: Source, max_length: int, docs_at_once: int, limit: int | None) -> None:
+    def __init__(self, source: Source, max_length: int, at_once: int, limit: int | None) -> None:
         """Say up to which length paths are told apart.
 
         Raises:
             UsageError: a negative length.
         """
-        super().__init__(source, docs_at_once, limit)
+        super().__init__(source, at_once, limit)
         if max_length < 0:
             raise UsageError(f"paths pass 0 branches or more, not {max_length}")
         self.max_length = min(max_length, len(source.stream.steps))
 
     def _measure(self, graph: Graph) -> dict[str, Tensor]:
-        gradients, inner = graph.gradients(), graph.per_document
+        gradients, inner = graph.gradients(), graph.per_sequence
         paths, moment = spectrum_of(graph, gradients, self.max_length)
         paths = pad(paths, (0, 0, 0, 0, 0, self.max_length + 1 - len(paths)))
         own = gradients[0]
@@ -59,21 +63,22 @@ class PathSpectrum(Documents):
         }
 
     def result(self) -> SpectrumResult:
-        """Return the means over documents and their intervals.
+        """Return the means over sequences and their intervals.
 
         Raises:
-            MissingDataError: no document has a gradient.
+            MissingDataError: no sequence has a gradient.
         """
-        table, stream = self.table(), self.source.stream
+        (table, doc), stream = self.table(), self.source.stream
         branches = [len(step.sublayers) for step in stream.steps]
         return SpectrumResult(
             title=self.title("Gradient by path length"),
             objective=self.objective or "pooled_norm",
-            loss=document_mean(table["loss"].sum(-1)),
-            documents=len(table["loss"]),
+            loss=interval_mean(table["loss"], doc),
+            sequences=len(doc),
+            documents=len(np.unique(doc)),
             branches=tuple(branches),
-            paths=_spectrum({name: values[..., -1] for name, values in table.items()}, branches),
-            paths_all=_spectrum({name: values.sum(-1) for name, values in table.items()}, branches),
+            paths=_spectrum({name: table[name][..., 1] for name in _SUMS}, doc, branches),
+            paths_all=_spectrum({name: table[name].sum(-1) for name in _SUMS}, doc, branches),
         )
 
 
@@ -111,7 +116,7 @@ def spectrum_of(graph: Graph, gradients: Sequence[Tensor], max_length: int) -> t
 
 @dataclass(frozen=True)
 class Paths:
-    """Means over documents; the last axis of each array is (mean, low, high), with the 95 % interval over documents."""
+    """Means over sequences; the last axis of each array is (mean, low, high), with the 95 % interval over documents."""
 
     share: Floats
     """(length, 3) <c_k, g_0> / ||g_0||^2; with the remainder it sums to 1."""
@@ -139,9 +144,11 @@ class SpectrumResult(Result):
     objective: Objective
     """Which scalar was differentiated."""
     loss: Floats
-    """(3,) its mean over documents, with the interval."""
+    """(3,) its mean over sequences, with the interval."""
+    sequences: int
+    """How many windows (or documents kept whole) had a gradient."""
     documents: int
-    """How many documents had a gradient."""
+    """How many documents they come from."""
     branches: tuple[int, ...]
     """(step,) branches of each step; a path passes one of them or the skip."""
     paths: Paths
@@ -222,8 +229,8 @@ def path_spectrum(
     *,
     stream: str | None = None,
     model: Model | None = None,
-    documents: int | None = DOCUMENTS,
-    docs_at_once: int = DOCS_AT_ONCE,
+    sequences: int | None = SEQUENCES,
+    at_once: int = AT_ONCE,
     progress: bool = True,
     **corpus: Unpack[Corpus],
 ) -> SpectrumResult:
@@ -242,13 +249,13 @@ def path_spectrum(
         max_length: longer paths are not told apart; what they carry is the remainder.
         stream: which stream; by default the one that the head reads.
         model: for a capture: its model, where it is loaded already.
-        documents: run the first so many documents; None runs all.
-        docs_at_once: how many documents share a graph; memory grows with it times `max_length`.
+        sequences: run the first so many windows (or documents kept whole); None runs all.
+        at_once: how many sequences share a graph; memory grows with it times `max_length`.
         progress: show a progress bar.
         **corpus: for a live model: what it is shown, as in `streamlens.capture`.
 
     Raises:
-        MissingDataError: the capture's model or inputs are not to be had; or no document has a target.
+        MissingDataError: the capture's model or inputs are not to be had; or no sequence has a target.
         AnatomyError: the forward pass records no gradients.
         UsageError: a negative length.
 
@@ -260,23 +267,23 @@ def path_spectrum(
         (5, True)
     """
     source = source_of(origin, stream=stream, model=model, **corpus)
-    spectrum = PathSpectrum(source, max_length, docs_at_once, documents)
+    spectrum = PathSpectrum(source, max_length, at_once, sequences)
     run_through(spectrum, "paths", progress)
     return spectrum.result()
 
 
-def _spectrum(sums: dict[str, Floats], branches: Sequence[int]) -> Paths:
+def _spectrum(sums: dict[str, Floats], doc: NDArray[np.int64], branches: Sequence[int]) -> Paths:
     energy, square = sums["energy"], sums["square"]
     with np.errstate(invalid="ignore", divide="ignore"):
-        energies = document_mean(square / square.sum(1, keepdims=True))
+        energies = interval_mean(square / square.sum(1, keepdims=True), doc)
         law, odds = binomial_law(energies[:, 0], branches)
         return Paths(
-            share=document_mean(sums["share"] / energy),
+            share=interval_mean(sums["share"] / energy, doc),
             energy=energies,
-            relative_norm=document_mean(np.sqrt(square / energy)),
-            remainder_share=document_mean(sums["rest"][:, 0] / energy[:, 0]),
-            remainder_norm=document_mean(np.sqrt(sums["rest"][:, 1] / energy[:, 0])),
-            mean_length=document_mean(sums["moment"][:, 0] / energy[:, 0]),
+            relative_norm=interval_mean(np.sqrt(square / energy), doc),
+            remainder_share=interval_mean(sums["rest"][:, 0] / energy[:, 0], doc),
+            remainder_norm=interval_mean(np.sqrt(sums["rest"][:, 1] / energy[:, 0]), doc),
+            mean_length=interval_mean(sums["moment"][:, 0] / energy[:, 0], doc),
             law=law,
             odds=odds,
         )

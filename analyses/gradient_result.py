@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from streamlens.analyses.gradient_graph import Objective
 from streamlens.analyses.result import Result
@@ -23,26 +24,29 @@ OBJECTIVES: dict[Objective, str] = {
 """What each objective is, in words."""
 
 
-def document_mean(values: Floats) -> Floats:
-    """Return the mean over documents with its 95 % interval, (*series, 3): mean, low, high.
+def interval_mean(values: Floats, doc: NDArray[np.int64]) -> Floats:
+    """Return the mean over sequences with its 95 % interval over documents, (*series, 3): mean, low, high.
+
+    Documents are resampled whole, because the windows of one depend on each other.
 
     Args:
-        values: (doc, *series); a NaN leaves that document out of that series.
+        values: (sequence, *series); what is not finite leaves that sequence out of that series.
+        doc: (sequence,) number of the document that each comes from.
 
-    >>> document_mean(np.array([[1.0, 5.0], [3.0, np.nan]]))[:, 0].tolist()
-    [2.0, 5.0]
+    >>> interval_mean(np.array([[1.0, 5.0], [3.0, np.nan]]), np.array([0, 0])).tolist()
+    [[2.0, 2.0, 2.0], [5.0, 5.0, 5.0]]
     """
     sums = DocumentSums(*values.shape[1:])
     one_each = torch.from_numpy(np.moveaxis(np.where(np.isfinite(values), values, np.nan), 0, -1))
-    sums.add(one_each, torch.arange(len(values)))
+    sums.add(one_each, torch.from_numpy(doc))
     return np.stack([sums.mean, *sums.intervals()], axis=-1)
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Means over documents; the last axis of each array is (mean, low, high), with the 95 % interval over documents.
+    """Means over sequences; the last axis of each array is (mean, low, high), with the 95 % interval over documents.
 
-    The gradient of a document at a state is taken as one vector over its tokens.
+    The gradient of a sequence at a state is taken as one vector over its tokens.
     """
 
     gradient_norm: Floats
@@ -71,9 +75,11 @@ class GradientResult(Result):
     objective: Objective
     """Which scalar was differentiated."""
     loss: Floats
-    """(3,) its mean over documents, with the interval."""
+    """(3,) its mean over sequences, with the interval."""
+    sequences: int
+    """How many windows (or documents kept whole) had a gradient."""
     documents: int
-    """How many documents had a gradient."""
+    """How many documents they come from."""
     labels: tuple[str, ...]
     """(sublayer,)"""
     kinds: tuple[Kind, ...]
@@ -87,7 +93,7 @@ class GradientResult(Result):
     flow_all: Flow
     """All positions."""
     closure: float
-    """Largest ||g_s - skip - branches|| / ||g_s|| over steps and documents: rounding, where the split is right."""
+    """Largest ||g_s - skip - branches|| / ||g_s|| over steps and sequences: rounding, where the split is right."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row for each sublayer; `low` and `high` bound its branch share, `_all` includes position 0."""

@@ -23,17 +23,17 @@ _PATHS = ("length", "share", "low", "high", "relative_norm", "energy_share", "bi
 @click.option(
     "--max-length", type=click.IntRange(min=0), help="With --paths: tell longer ones not apart. [default: 12]"
 )
-@click.option("--documents", type=click.IntRange(min=1), help="Run so many documents. [default: 32; with --paths 8]")
-@click.option("--all", "everything", is_flag=True, help="Run all documents.")
-@click.option("--docs-at-once", type=click.IntRange(min=1), help="Documents in memory at once. [default: 4; --paths 2]")
+@click.option("--sequences", type=click.IntRange(min=1), help="Run so many windows. [default: 32; with --paths 8]")
+@click.option("--all", "everything", is_flag=True, help="Run all windows.")
+@click.option("--at-once", type=click.IntRange(min=1), help="Windows in memory at once. [default: 4; --paths 2]")
 def command(
     origin: OriginOptions,
     show: ShowOptions,
     paths: bool,
     max_length: int | None,
-    documents: int | None,
+    sequences: int | None,
     everything: bool,
-    docs_at_once: int | None,
+    at_once: int | None,
 ) -> None:
     """Split the gradient of the loss, at every sublayer, into what came back over the skip and through the branch.
 
@@ -43,17 +43,17 @@ def command(
     \b
     Example:
       streamlens gradient model.h5 --plot gradient.pdf
-      streamlens gradient model.pt --text book.txt --documents 8
+      streamlens gradient model.pt --text book.txt --sequences 8
       streamlens gradient model.h5 --paths --max-length 8 --json
     """  # noqa: D301 - click reads the \b
     from streamlens.errors import UsageError
 
     if max_length is not None and not paths:
         raise UsageError("--max-length goes with --paths")
-    if everything and documents is not None:
-        raise UsageError("--all and --documents contradict each other")
-    options: dict[str, Any] = {"documents": None} if everything else {}
-    given = {"max_length": max_length, "documents": documents, "docs_at_once": docs_at_once}
+    if everything and sequences is not None:
+        raise UsageError("--all and --sequences contradict each other")
+    options: dict[str, Any] = {"sequences": None} if everything else {}
+    given = {"max_length": max_length, "sequences": sequences, "at_once": at_once}
     options |= {name: value for name, value in given.items() if value is not None}
     if paths:
         _by_length(origin, show, options)
@@ -94,6 +94,7 @@ def _about(found: GradientResult | SpectrumResult) -> list[str]:
     from streamlens.analyses.gradient_result import OBJECTIVES
 
     return [
-        f"differentiated: {OBJECTIVES[found.objective]}, {human(float(found.loss[0]))}, {found.documents} documents; "
+        f"differentiated: {OBJECTIVES[found.objective]}, {human(float(found.loss[0]))}, {found.sequences} sequences of "
+        f"{found.documents} documents; "
         "position 0 is left out of the table"
     ]

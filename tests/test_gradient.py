@@ -340,10 +340,26 @@ def test_two_halves_merged_are_the_whole() -> None:
     parts[1].update(blocks[1])
     parts[1].update(blocks[2])
     parts[0].merge(parts[1])
-    whole = gradient_flow(found.module, inputs=found.inputs, docs_at_once=3, progress=False)
+    whole = gradient_flow(found.module, inputs=found.inputs, at_once=3, progress=False)
     merged = parts[0].result()
     np.testing.assert_allclose(merged.flow.skip_share, whole.flow.skip_share, rtol=1e-10)
     np.testing.assert_allclose(merged.flow_all.gradient_norm, whole.flow_all.gradient_norm, rtol=1e-10)
+
+
+def test_how_the_text_is_cut_into_blocks_changes_nothing_and_windows_of_one_document_stay_together() -> None:
+    found = case("nanogpt", DOUBLE)
+    ids = torch.randint(0, 90, (64,), generator=torch.Generator().manual_seed(0))
+    flows = []
+    for batch in (8, 64):
+        flows.append(
+            gradient_flow(found.module, tokens=[ids[:48], ids[48:]], window=8, batch_tokens=batch, progress=False)
+        )
+    assert (flows[0].sequences, flows[0].documents) == (8, 2)
+    np.testing.assert_allclose(flows[0].loss, flows[1].loss, rtol=1e-12)
+    np.testing.assert_allclose(flows[0].flow.skip_share, flows[1].flow.skip_share, rtol=1e-9)
+    alone = gradient_flow(found.module, tokens=[ids[:48]], window=8, progress=False)
+    assert (alone.sequences, alone.documents) == (6, 1)
+    assert alone.loss[0] == alone.loss[1] == alone.loss[2]  # one document says nothing about others
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "gptj"])
@@ -358,11 +374,11 @@ def test_a_file_gives_what_the_live_model_gives(name: str, tmp_path: Path) -> No
         assert numbers == pytest.approx({k: other[k] for k in numbers}, rel=1e-4, abs=1e-6)
 
 
-def test_the_limit_on_documents_holds_and_is_told() -> None:
+def test_the_limit_on_sequences_holds_and_is_told() -> None:
     found = case("gpt2")
-    some = gradient_flow(found.module, inputs=found.inputs, documents=2, docs_at_once=1, progress=False)
-    assert some.documents == 2
-    assert "first 2 documents" in some.title
+    some = gradient_flow(found.module, inputs=found.inputs, sequences=2, at_once=1, progress=False)
+    assert some.sequences == 2
+    assert "first 2 sequences" in some.title
     source = source_of(found.module, inputs=found.inputs)
     (block,) = source.blocks()
     assert [g.docs for g in graphs(source, block, 2)] == [2, 1]
@@ -426,20 +442,20 @@ def test_a_capture_whose_model_or_inputs_are_not_there(tmp_path: Path) -> None:
         gradient_flow(capture, model=sl.load(found.module), progress=False)
 
 
-def test_documents_without_a_target_are_told() -> None:
+def test_sequences_without_a_target_are_told() -> None:
     found = case("gpt2")
     source = source_of(found.module, inputs=found.inputs)
-    with pytest.raises(MissingDataError, match="no document has a gradient"):
+    with pytest.raises(MissingDataError, match="no sequence has a gradient"):
         GradientFlow(source, 1, None).result()
     lone = graph_of(found, targets=torch.full((found.docs, length(found, "main")), -1))
     assert float(lone.losses.detach().sum()) == 0
     assert all(float(g.norm()) == 0 for g in lone.gradients())
 
 
-@pytest.mark.parametrize("options", [{"documents": 0}, {"docs_at_once": 0}])
-def test_at_least_one_document(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"sequences": 0}, {"at_once": 0}])
+def test_at_least_one_sequence(options: dict[str, Any]) -> None:
     found = case("gpt2")
-    with pytest.raises(UsageError, match="at least one document"):
+    with pytest.raises(UsageError, match="at least one sequence"):
         gradient_flow(found.module, inputs=found.inputs, progress=False, **options)
 
 
@@ -461,12 +477,12 @@ def test_the_command_after_a_capture(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(row["skip_share"] + row["branch_share"] == pytest.approx(1, abs=1e-4) for row in rows)
     assert (tmp_path / "g.png").stat().st_size > 10_000
     assert len((tmp_path / "g.csv").read_text().splitlines()) == len(rows) + 1
-    table = run.invoke(main, ["gradient", MODEL, *SMALL, "--documents", "2"])
+    table = run.invoke(main, ["gradient", MODEL, *SMALL, "--sequences", "2"])
     assert max(map(len, table.stdout.splitlines())) <= 80
-    assert "2 documents" in table.stderr
+    assert "2 sequences of 1 documents" in table.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--max-length", "3"], ["--all", "--documents", "2"]])
+@pytest.mark.parametrize("arguments", [["--max-length", "3"], ["--all", "--sequences", "2"]])
 def test_options_that_contradict_each_other(arguments: list[str]) -> None:
     done = CliRunner().invoke(main, ["gradient", MODEL, *SMALL, *arguments])
     assert done.exit_code == 2
