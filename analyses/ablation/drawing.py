@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.ticker import MaxNLocator
 
-from streamlens.analyses.figures import PALETTE, axes, finish
+from streamlens.analyses.ablation.greedy import GREEDY, INFLUENCE, RANDOM
+from streamlens.analyses.figures import DIVERGING, PALETTE, SEQUENTIAL, axes, finish, interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
+    from streamlens.analyses.ablation.blocks import BlocksResult
+    from streamlens.analyses.ablation.greedy import GreedyResult
+    from streamlens.analyses.ablation.orders import SwapResult
+    from streamlens.analyses.ablation.pairs import PairsResult
+    from streamlens.analyses.ablation.repair import EffectsResult
     from streamlens.analyses.ablation.sweep import AblationResult
 
 NAMES = {"layer": "whole layer", "attn": "attention", "cross_attn": "cross-attention", "mlp": "MLP", "mixer": "mixer"}
@@ -20,6 +28,11 @@ SCORES = {
     "delta_loss": "increase of the loss (nats per token)",
     "kl": "KL(full || dropped) (nats per token)",
     "pooled_distance": "1 - cosine of the pooled output",
+}
+UNITS = {
+    "delta_loss": "loss (nats per token)",
+    "kl": "KL (nats per token)",
+    "pooled_distance": "1 - cosine",
 }
 HOLLOW = {"zero": "white"}
 """Fill of the markers of a second mode."""
@@ -80,3 +93,111 @@ def _spread(ax: Axes, values: Sequence[float]) -> None:
     sizes = np.abs([v for v in values if np.isfinite(v) and v != 0])
     if len(sizes) and sizes.max() > 20 * np.median(sizes):
         ax.set_yscale("symlog", linthresh=float(np.median(sizes)))
+
+
+def draw_blocks(found: BlocksResult, ax: Axes | None = None) -> Axes:
+    """Draw the headline score as a heat map: first layer left out across, number of layers up."""
+    grid = found.grid
+    drawn = axes(ax, width=5.2, height=4.2)
+    lengths = len(grid)
+    known = grid[np.isfinite(grid)]
+    typical = float(np.median(np.abs(known)))
+    wide = typical > 0 and known.max() > 20 * typical
+    norm = SymLogNorm(typical, vmin=float(known.min()), vmax=float(known.max())) if wide else None
+    image = drawn.imshow(
+        np.ma.masked_invalid(grid),
+        origin="lower",
+        aspect="auto",
+        cmap=SEQUENTIAL,
+        norm=norm,
+        extent=(-0.5, found.layers - 0.5, 0.5, lengths + 0.5),
+    )
+    _bar(drawn, image, SCORES[found.scores.headline])
+    for row in found.best():
+        drawn.plot(row["start"], row["length"], ".", color="white", markersize=3.5)
+    drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
+    drawn.yaxis.set_major_locator(MaxNLocator(integer=True))
+    title = f"{found.title}\n(dots: the block of each length that costs least)"
+    return finish(drawn, x="first layer left out", y="number of layers left out", title=title)
+
+
+def draw_pairs(found: PairsResult, ax: Axes | None = None) -> Axes:
+    """Draw the interaction of every two units as a heat map around zero."""
+    grid = found.interaction
+    drawn = axes(ax, width=5.2, height=4.2)
+    largest = float(np.nanmax(np.abs(grid), initial=0.0)) or 1.0
+    typical = float(np.nanmedian(np.abs(grid))) or largest
+    wide = largest > 20 * typical
+    norm = SymLogNorm(typical, vmin=-largest, vmax=largest) if wide else Normalize(-largest, largest)
+    image = drawn.imshow(np.ma.masked_invalid(grid), origin="lower", cmap=DIVERGING, norm=norm)
+    _bar(drawn, image, f"interaction: {UNITS[found.scores.headline]}")
+    if found.units[0].kind == "layer":
+        drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
+        drawn.yaxis.set_major_locator(MaxNLocator(integer=True))
+        name = "layer"
+    else:
+        step = max(1, len(found.units) // 20)
+        ticks = range(0, len(found.units), step)
+        labels = [found.units[i].label.removesuffix("_out").replace("_", " ") for i in ticks]
+        drawn.set_xticks(ticks, labels, rotation=90)
+        drawn.set_yticks(ticks, labels)
+        name = "sublayer"
+    return finish(drawn, x=name, y=name, title=f"{found.title}\n(positive: backups; negative: a series)")
+
+
+def draw_greedy(found: GreedyResult, ax: Axes | None = None) -> Axes:
+    """Draw the headline score by the number of layers left out, one line for each order."""
+    drawn = axes(ax)
+    looks = {GREEDY: ("mlp", "o"), INFLUENCE: ("attn", "s")}
+    for name, scores in found.scores.items():
+        head = scores.headline
+        values = [scores.interval(head, i) for i in range(len(found.orders[name]))]
+        count = list(range(1, len(values) + 1))
+        kind, marker = looks.get(name, ("norm", "."))
+        label = {GREEDY: "greedy", INFLUENCE: "least Block Influence first", f"{RANDOM} 1": "random orders"}.get(name)
+        drawn.plot(count, [v.mean for v in values], marker=marker, markersize=4, color=PALETTE[kind], label=label)
+        if name in looks:
+            interval(drawn, count, [v.low for v in values], [v.high for v in values], PALETTE[kind])
+    drawn.set_ylim(bottom=min(0.0, drawn.get_ylim()[0]))
+    drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
+    first = next(iter(found.scores.values()))
+    return finish(drawn, x="layers left out", y=SCORES[first.headline], title=found.title)
+
+
+def draw_swaps(found: SwapResult, ax: Axes | None = None) -> Axes:
+    """Draw the headline score by the first of the two layers that change places."""
+    drawn = axes(ax)
+    head = found.scores.headline
+    values = [found.scores.interval(head, i) for i in range(len(found.swaps))]
+    mean = np.array([v.mean for v in values])
+    error = np.maximum([mean - [v.low for v in values], [v.high for v in values] - mean], 0.0)
+    drawn.errorbar(range(len(values)), mean, yerr=error, fmt="o", markersize=4, linewidth=1, color=PALETTE["block"])
+    drawn.axhline(0.0, color=PALETTE["norm"], linewidth=0.8, zorder=0)
+    _spread(drawn, list(mean))
+    drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return finish(drawn, x="layer l, exchanged with l + 1", y=SCORES[head], title=found.title)
+
+
+def draw_effects(found: EffectsResult, ax: Axes | None = None) -> Axes:
+    """Draw the total effect of each unit against its direct effect: on the diagonal nothing repairs, nothing adds."""
+    drawn = axes(ax, width=4.6, height=4.2)
+    means = found.means
+    for kind in dict.fromkeys(d.kind for d in found.units):
+        rows = [i for i, d in enumerate(found.units) if d.kind == kind]
+        colour = PALETTE["block" if kind == "layer" else kind]
+        x, y = means["direct"][rows], means["total"][rows]
+        drawn.plot(x, y, "o", markersize=4, color=colour, label=NAMES.get(kind, kind))
+        far = np.argsort(-np.hypot(x, y))[:3]
+        for i in far:
+            layer = found.units[rows[i]].layers[0]
+            drawn.annotate(str(layer), (x[i], y[i]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    drawn.axline((0.0, 0.0), slope=1.0, color=PALETTE["norm"], linewidth=0.8, linestyle="--", label="total = direct")
+    drawn.axhline(0.0, color=PALETTE["norm"], linewidth=0.5, zorder=0)
+    return finish(drawn, x="direct effect (logits)", y="total effect (logits)", title=found.title)
+
+
+def _bar(ax: Axes, image: AxesImage, label: str) -> None:
+    figure = ax.get_figure()
+    assert figure is not None, "axes without a figure"
+    bar = figure.colorbar(image, ax=ax, label=label)
+    bar.outline.set_visible(False)

@@ -5,8 +5,8 @@ Scores are paired: each token is compared with itself in the unchanged model. Al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -165,6 +165,11 @@ class Scores:
         """Return the same of any linear combination of trials, (unit,)."""
         return bootstrap(sums, self.columns(name)[1])
 
+    def taken(self, trials: Iterable[int]) -> Scores:
+        """Return the scores of some of the trials."""
+        rows = list(trials)
+        return replace(self, sums={name: sums[rows] for name, sums in self.sums.items()})
+
     def columns(self, name: str, *, with_first: bool = False) -> tuple[Floats, Floats]:
         """Return sums (trial, unit) and counts (unit,) of a score, over what intervals are over."""
         parts = slice(0, 2) if with_first else slice(0, 1)
@@ -181,9 +186,9 @@ class Scores:
 class Tally:
     """Collects the scores of all trials, block by block."""
 
-    def __init__(self, trials: int) -> None:
-        """Start with nothing, for so many trials."""
-        self._trials = trials
+    def __init__(self, trials: int, names: Sequence[str] = FIELDS) -> None:
+        """Start with nothing, for so many trials and these scores."""
+        self._trials, self._names = trials, tuple(names)
         self._blocks: dict[int, dict[str, Floats]] = {}
 
     def begin(self, start: int, doc: Tensor, loss: Tensor | None) -> None:
@@ -214,7 +219,7 @@ class Tally:
     def result(self) -> Scores:
         """Return the sums so far, in the order of the tokens."""
         blocks = [self._blocks[start] for start in sorted(self._blocks)]
-        names = [name for name in FIELDS if blocks and f"sum/{name}" in blocks[0]]
+        names = [name for name in self._names if blocks and f"sum/{name}" in blocks[0]]
 
         def joined(key: str) -> Floats:
             return np.concatenate([block[key] for block in blocks], axis=-1)

@@ -64,10 +64,9 @@ def together(drops: Sequence[Drop]) -> Drop:
         return drops[0]
     layers = tuple(sorted({layer for d in drops for layer in d.layers}))
     sublayers = tuple(sorted({s for d in drops for s in d.sublayers}))
-    if all(d.kind == "layer" for d in drops):
-        label = f"layers {ranges(layers)}" if len(layers) > 1 else f"layer {layers[0]}"
-    else:
-        label = " + ".join(dict.fromkeys(d.label for d in drops))
+    whole = sorted({d.layers[0] for d in drops if d.kind == "layer"})
+    named = [f"layer{'s' if len(whole) > 1 else ''} {ranges(whole)}"] if whole else []
+    label = " + ".join([*named, *dict.fromkeys(d.label for d in drops if d.kind != "layer")])
     return Drop(label, "several", layers, sublayers, drops[0].mode)
 
 

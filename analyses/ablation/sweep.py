@@ -22,12 +22,6 @@ from streamlens.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LABELS = {
-    "delta_loss": "increase of the loss (nats per token)",
-    "kl": "KL(full || dropped) (nats per token)",
-    "pooled_distance": "1 - cosine of the pooled output",
-}
-
 
 @dataclass(frozen=True)
 class AblationResult(Result):
