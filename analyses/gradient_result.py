@@ -184,7 +184,7 @@ class GradientResult(Result):
         ax.axhline(0, color="black", linewidth=0.6)
         with style():
             ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        ax.set_ylim(min(0.0, 1.08 * below.min()), 1.08 * above.max())
+        ax.set_ylim(min(0.0, 1.2 * below.min()), 1.08 * above.max())
         whole_numbers(ax)
         return finish(ax, x="step (sublayer)", y="share of the gradient")
 
@@ -209,15 +209,9 @@ def whole_numbers(ax: Axes) -> None:
 
 
 def _logarithmic(ax: Axes) -> None:
-    """Give the vertical axis a logarithmic scale with plain numbers, over at least one decade."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
+    """Give the vertical axis a logarithmic scale over at least one decade, so that small changes look small."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high / low < 10:
         middle = (low * high) ** 0.5
         ax.set_ylim(middle / 10**0.5, middle * 10**0.5)
-    decades = np.log10(ax.get_ylim()[1] / ax.get_ylim()[0])
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)))
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
