@@ -35,12 +35,18 @@ class Moments:
             values: (*series, token), any float dtype.
             at: index of the series, where `values` belongs to some of them only.
         """
-        wide = values.double()
-        known = ~torch.isnan(wide)
-        wide = torch.where(known, wide, 0.0)
-        self.count[at] += known.sum(-1).cpu().numpy()
-        self._sum[at] += wide.sum(-1).cpu().numpy()
-        self._square[at] += wide.square().sum(-1).cpu().numpy()
+        count = torch.full(values.shape[:-1], float(values.shape[-1]), dtype=torch.float64, device=values.device)
+        total = values.sum(-1, dtype=torch.float64)
+        square = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).square()
+        gaps = total.isnan()
+        if bool(gaps.any()):
+            some = values[gaps].double()
+            known = ~some.isnan()
+            some = torch.where(known, some, 0.0)
+            count[gaps], total[gaps], square[gaps] = known.sum(-1).double(), some.sum(-1), some.square().sum(-1)
+        self.count[at] += count.cpu().numpy()
+        self._sum[at] += total.cpu().numpy()
+        self._square[at] += square.cpu().numpy()
 
     def merge(self, other: Moments) -> None:
         """Fold another partial result in."""
@@ -86,16 +92,17 @@ class Quantiles:
 
     def add(self, values: Tensor, at: int | tuple[int, ...] = ()) -> None:
         """Fold values in, (*series, token); NaN is left out."""
-        wide = values.double().cpu()
-        magnitude = wide.abs().clamp(max=self._LARGEST)
-        rank = ((magnitude.clamp_min(self._SMALLEST) / self._SMALLEST).log() / self._step).ceil().nan_to_num(0).long()
-        rank = torch.where(magnitude < self._SMALLEST, 0, rank.clamp(1, self._half)) * wide.sign().nan_to_num(0).long()
+        wide = values.float().cpu()
+        magnitude = wide.abs().clamp_(self._SMALLEST, self._LARGEST)
+        rank = magnitude.log_().sub_(float(np.log(self._SMALLEST))).div_(self._step).ceil_().nan_to_num_(0)
+        # Rank 0 is left to what is too small, whose logarithm the clamp has made the smallest.
+        rank = rank.clamp_(max=self._half).mul_(wide.sign().nan_to_num_(0)).add_(self._half).long()
         counts = self._counts[at]
         bins = counts.shape[-1]
         rows = counts.reshape(-1, bins)
-        flat, known = (rank + self._half).reshape(len(rows), -1), ~wide.isnan().reshape(len(rows), -1)
-        for row, ranks, there in zip(rows, flat, known, strict=True):
-            row += torch.bincount(ranks[there], minlength=bins).numpy()
+        flat, gaps = rank.reshape(len(rows), -1).numpy(), wide.isnan().reshape(len(rows), -1).numpy()
+        for row, ranks, gap, partial in zip(rows, flat, gaps, np.asarray(gaps.any(-1)), strict=True):
+            row += np.bincount(ranks[~gap] if partial else ranks, minlength=bins)
 
     def merge(self, other: Quantiles) -> None:
         """Fold another partial result in."""
