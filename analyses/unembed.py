@@ -217,11 +217,12 @@ def tolerance(dtype: torch.dtype) -> float:
 def _probe(source: Source, block: Block) -> tuple[Inputs, list[Tensor]]:
     """Return inputs of a few tokens, and states (doc, position, d_model) from along the stream."""
     chosen = [block.states[k] for k in sorted({0, len(source.stream.steps) // 2, len(source.stream.steps)})]
-    if isinstance(source, CaptureSource) and bool((block.ids[:PROBE_TOKENS] >= 0).all()):
-        # The head sees states alone, so any few tokens will do, also those of a narrowed capture.
+    if isinstance(source, CaptureSource) and source.model.vocab_size is not None:
+        # The head sees states alone, so any tokens will do for the rest: a capture may not know its own, or hold only
+        # some positions of each window.
         count = min(PROBE_TOKENS, len(block.ids))
         docs, positions = (2, count // 2) if count > 1 else (1, 1)
-        ids = block.ids[: docs * positions].reshape(docs, positions)
+        ids = torch.arange(docs * positions).reshape(docs, positions) % source.model.vocab_size
         laid_out = (ids.T if source.anatomy.stream().position_first else ids).contiguous()
         module = source.model.module
         inputs = token_inputs(module, laid_out.to(next(module.parameters()).device))
