@@ -65,6 +65,7 @@ class Sequences:
             self.tables.append({**table, "loss": graph.losses.detach().double().cpu().numpy()})
             self.doc += doc[: graph.docs]
             doc = doc[graph.docs :]
+            del graph  # or its memory would still be held while the next one is made
 
     def merge(self, other: Sequences) -> None:
         """Fold another partial result in."""

@@ -113,6 +113,9 @@ def test_quantiles_of_nothing_of_zeros_and_beyond_the_range() -> None:
     assert np.isnan(nothing)
     assert zeros == 0
     assert huge == pytest.approx(1e8, rel=0.006)
+    infinite = Quantiles(1)
+    infinite.add(torch.tensor([[1.0, 2.0, float("inf")]]))
+    assert infinite.at(1.0)[0] == pytest.approx(1e8, rel=0.006)
 
 
 def test_the_interval_is_that_of_a_plain_loop() -> None:
@@ -266,7 +269,7 @@ def test_drawn_into_the_axes_that_are_given() -> None:
 def test_a_long_title_is_broken_not_cut() -> None:
     ax = Sizes("a very long title " * 12, (1.0, 2.0)).plot()
     figure: Any = ax.get_figure()
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     assert "\n" in ax.get_title(loc="left")
     box = ax.get_tightbbox(canvas.get_renderer())

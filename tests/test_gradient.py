@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import streamlens as sl
+from streamlens.analyses import gradient_graph
 from streamlens.analyses.gradient import GradientFlow, gradient_flow
 from streamlens.analyses.gradient_graph import Graph, graphs, open_graph
 from streamlens.analyses.source import source_of
@@ -382,6 +384,24 @@ def test_the_limit_on_sequences_holds_and_is_told() -> None:
     source = source_of(found.module, inputs=found.inputs)
     (block,) = source.blocks()
     assert [g.docs for g in graphs(source, block, 2)] == [2, 1]
+
+
+def test_one_graph_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+
+    def watched(*arguments: Any) -> Graph:
+        nonlocal most
+        most = max(most, len(alive))
+        graph = open_graph(*arguments)
+        alive.add(graph.losses)
+        return graph
+
+    monkeypatch.setattr(gradient_graph, "open_graph", watched)
+    found = case("gpt2")
+    gradient_flow(found.module, inputs=found.inputs, at_once=1, progress=False)
+    assert most == 0
+    assert len(alive) == 0
 
 
 def test_the_objective_follows_the_model() -> None:
