@@ -282,6 +282,7 @@ def target_ids(source: Source, block: Block) -> Tensor:
     if not source.causal:
         return block.ids
     targets = torch.full_like(block.ids, -1)
-    follows = block.doc[1:] == block.doc[:-1]
+    # The next window of the same document goes on with its text, but this one's last logits were not asked for it.
+    follows = (block.doc[1:] == block.doc[:-1]) & (block.position[1:] == block.position[:-1] + 1)
     targets[:-1] = torch.where(follows, block.ids[1:], -1)
     return targets

