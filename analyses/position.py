@@ -107,7 +107,7 @@ class PositionResult(Result):
         elif not len(seen):
             return "no position embedding, and no state tells positions apart"
         else:
-            start = f"no position embedding; position is first seen in {self.states[seen[0]]}"
+            start = f"no position embedding; position is first above its null band after {self.states[seen[0]]}"
         last = f"of the positional part of the last state, the skip carried {self.carried[-1]:.0%} from the embedding"
         return f"{start}; {last}"
 
@@ -130,9 +130,8 @@ class PositionResult(Result):
         return [
             {
                 "label": state,
-                "position_share": float(self.position_share[k]),
+                "share": float(self.position_share[k]),
                 "null_high": float(self.null_high[k]),
-                "relative_norm": float(self.relative_norm[k]),
                 "retention": float(self.retention[k]),
                 "carried": float(self.carried[k]),
                 **{kind: float(self.share_of(kind)[k]) for kind in kinds},
@@ -151,7 +150,7 @@ class PositionResult(Result):
         if ax is not None:
             return plot_share(self, ax)
         above, below = panels(2, 1, width=7.0, height=5.6)
-        plot_origin(self, below).set_title("")
+        plot_origin(self, below).set_title("", loc="left")
         return plot_share(self, above)
 
     def plot_origin(self, ax: Axes | None = None) -> Axes:

@@ -25,6 +25,7 @@ NAMES = {
 }
 """What the kinds of terms are called in figures."""
 
+SHARE = "Share of the energy\naround the mean"
 STATE = "State (0: the embedding; then after each sublayer)"
 
 
@@ -36,13 +37,24 @@ def plot_share(found: PositionResult, ax: Axes | None = None) -> Axes:
         ax.axhline(0, color=PALETTE["norm"], linewidth=0.6)
         interval(ax, x, found.null_low, found.null_high, PALETTE["block"])  # type: ignore[arg-type]
         ax.plot([], [], color=PALETTE["block"], alpha=0.3, linewidth=6, label="without position (95 %)")
-        other = "without" if found.include_first else "with"
-        rest = found.position_share_all if not found.include_first else None
-        if rest is not None:
-            ax.plot(x, rest, color=PALETTE["norm"], linewidth=0.9, linestyle="--", label=f"{other} position 0")
+        if not found.include_first:
+            # The vector of position 0 can make this so large that nothing else would be seen: then it leaves the axes.
+            ax.plot(
+                x,
+                found.position_share_all,
+                color=PALETTE["norm"],
+                linewidth=0.9,
+                linestyle="--",
+                label=f"with position 0 (up to {found.position_share_all.max():.2g})",
+            )
         ax.plot(x, found.position_share, color=PALETTE["attn"], marker="o", markersize=3, label="positional part")
+        low, high = (
+            min(found.null_low.min(), found.position_share.min(), 0),
+            max(found.null_high.max(), found.position_share.max()),
+        )
+        ax.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))
         integer_ticks(ax)
-        return finish(ax, x=STATE, y="Share of the energy around the mean", title=found.title)
+        return finish(ax, x=STATE, y=SHARE, title=found.title)
 
 
 def plot_origin(found: PositionResult, ax: Axes | None = None) -> Axes:
@@ -137,7 +149,8 @@ def plot_lesions(found: LesionResult, ax: Axes | None = None) -> Axes:
                 ax.axvline(lesion.step + 0.5, color=PALETTE["norm"], linewidth=0.6, linestyle=":")
         ax.axhline(0, color=PALETTE["norm"], linewidth=0.6)
         integer_ticks(ax)
-        return finish(ax, x=STATE, y="Share of the energy around the mean", title=found.title)
+        ax.legend(frameon=True, facecolor="white", edgecolor="none", framealpha=1.0)  # over the dotted lines
+        return finish(ax, x=STATE, y=SHARE, title=found.title)
 
 
 def plot_scale(found: LesionResult, ax: Axes | None = None) -> Axes:
@@ -154,9 +167,7 @@ def plot_scale(found: LesionResult, ax: Axes | None = None) -> Axes:
             colour = colours[number % len(colours)]
             ax.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=f"skip around {label}")
         ax.axhline(found.baseline[-1], color=PALETTE["norm"], linewidth=0.6, linestyle=":", label="unchanged")
-        return finish(
-            ax, x="Factor on the skip", y="Share of the energy around the mean,\nlast state", title=found.title
-        )
+        return finish(ax, x="Factor on the skip", y=f"{SHARE},\nlast state", title=found.title)
 
 
 def integer_ticks(ax: Axes) -> None:

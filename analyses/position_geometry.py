@@ -31,6 +31,56 @@ def subspace_overlap(first: Tensor, second: Tensor) -> float:
     return float((first.mT @ second).square().sum()) / k if k else float("nan")
 
 
+def control_subspace(deviations: Tensor, basis: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Return a random subspace, orthogonal to another, that holds the same energy, (d_model, k) orthonormal.
+
+    A subspace drawn at random usually holds less energy than one that was chosen; so it is turned towards the
+    strongest (or weakest) directions of what is left, as far as is needed.
+
+    Args:
+        deviations: (sample, d_model) from the mean.
+        basis: (d_model, k) orthonormal, k at most d_model / 2.
+        generator: of the draw; on the CPU.
+
+    Returns:
+        The subspace, and the factor by which its part has to be multiplied to hold exactly as much energy: 1 unless
+        no subspace of k dimensions holds enough.
+
+    >>> data = torch.randn(500, 6, dtype=torch.float64) * torch.tensor([3.0, 2.0, 2.0, 2.0, 1.0, 1.0])
+    >>> chosen = torch.eye(6, dtype=torch.float64)[:, 1:2]
+    >>> other, factor = control_subspace(data, chosen, torch.Generator().manual_seed(0))
+    >>> bool(((data @ other).square().sum() / (data @ chosen).square().sum() - 1).abs() < 1e-6), factor
+    (True, 1.0)
+    """
+    k = basis.shape[1]
+    drawn = torch.randn(basis.shape, generator=generator, dtype=torch.float64).to(basis.device)
+    start = torch.linalg.qr(drawn - basis @ (basis.mT @ drawn)).Q
+    left = deviations - (deviations @ basis) @ basis.mT
+    _, directions = torch.linalg.eigh(left.mT @ left)
+    wanted = float((deviations @ basis).square().sum())
+    # The k weakest directions of what is left are the subspace itself, which holds nothing any more.
+    end = directions[:, -k:] if _energy(left, start) < wanted else directions[:, k : 2 * k]
+
+    def turned(share: float) -> Tensor:
+        q: Tensor = torch.linalg.qr((1 - share) * start + share * end).Q
+        return q
+
+    low, high = 0.0, 1.0
+    rising = _energy(left, end) > _energy(left, start)
+    for _ in range(60):
+        middle = (low + high) / 2
+        enough = _energy(left, turned(middle)) >= wanted
+        low, high = (low, middle) if enough == rising else (middle, high)
+    found = turned(high)
+    held = _energy(left, found)
+    factor = (wanted / held) ** 0.5 if held > 0 else 0.0
+    return found, 1.0 if abs(factor - 1) < 1e-6 else factor
+
+
+def _energy(deviations: Tensor, basis: Tensor) -> float:
+    return float((deviations @ basis).square().sum())
+
+
 def debiased_cka(first: Tensor, second: Tensor) -> float:
     """Return linear CKA between (sample, width) tables, without the bias that few samples bring.
 

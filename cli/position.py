@@ -44,10 +44,11 @@ def command(
 ) -> None:
     """Measure how much of each state is position, and whether the skip carried it or sublayers wrote it.
 
-    A state is split into mean, position, context and rest. position_share is the share of the positional part in the
-    energy around the mean, corrected for its bias; above null_high it is more than positions in random order give.
-    The columns after retention say where the positional part comes from and add up to 1: what the skip carried from
-    the embedding, and what each kind of sublayer wrote. Position 0 does not count unless --include-first.
+    A state is split into mean, position, context and rest. share is that of the positional part in the energy around
+    the mean, corrected for its bias; above null_high it is more than positions in random order give. retention is how
+    much of the position embedding is left. The columns after it say where the positional part comes from and add up
+    to 1: what the skip carried from the embedding, and what each kind of sublayer wrote. Position 0 does not count
+    unless --include-first. --json has more columns.
 
     \b
     Example:
@@ -95,9 +96,8 @@ def _probes(source: Source, show: ShowOptions, options: dict[str, Any], seed: in
     train, test = found.tokens
     print_notes(
         [
-            f"trained on {train:,} tokens and tested on {test:,} of other {found.split_by}s; the middle position is off "
-            f"by {found.mean_absolute_error_guess:.1f} tokens, the most frequent of {found.bins} bins has "
-            f"{found.chance:.0%}"
+            f"trained on {train:,} tokens and tested on {test:,} of other {found.split_by}s; guessing is off by "
+            f"{found.mean_absolute_error_guess:.1f} tokens, and right about the bin in {found.chance:.0%}"
         ]
     )
     show.show("position", found, found.short_rows())
@@ -107,5 +107,5 @@ def _lesion(source: Source, show: ShowOptions, options: dict[str, Any], seed: in
     from streamlens.analyses.position_lesion import position_lesion
 
     found = position_lesion(source, sample_seed=seed, **options)
-    print_notes([f"unchanged, the last state has a position_share of {found.baseline[-1]:.4g}"])
+    print_notes([f"unchanged, the positional share of the last state is {found.baseline[-1]:.4g}"])
     show.show("position", found, found.short_rows())

@@ -15,9 +15,9 @@ import streamlens as sl
 from fixtures.planted_position import PositionCarrier
 from streamlens.analyses.ablation.runs import Runs, Setting
 from streamlens.analyses.position import positional_persistence
-from streamlens.analyses.position_lesion import Lesion, LesionResult, _Theatre, position_lesion
-from streamlens.analyses.position_sample import Sample
+from streamlens.analyses.position_lesion import LesionResult, position_lesion
 from streamlens.analyses.position_sums import sums_of
+from streamlens.analyses.position_theatre import Lesion, Theatre, Tokens
 from streamlens.analyses.source import source_of
 from streamlens.analyses.transport import skip_factors
 from streamlens.errors import MissingDataError, UsageError
@@ -30,14 +30,15 @@ def ids(docs: int = 32, positions: int = 20, vocab: int = 40) -> Tensor:
     return torch.randint(0, vocab, (docs, positions), generator=torch.Generator().manual_seed(0))
 
 
-def played(module: nn.Module, lesions: list[Lesion], **corpus: Any) -> tuple[list[Tensor], Tensor, _Theatre]:
+def played(module: nn.Module, lesions: list[Lesion], **corpus: Any) -> tuple[list[Tensor], Tensor, Theatre]:
     """Outputs of all lesions on one block, the output of the model as it is, and the sums that were filled."""
     stream, protect_first = corpus.pop("stream", None), corpus.pop("protect_first", False)
     source = source_of(module, stream=stream, **corpus)
     (block,) = source.blocks()
     setting = Setting.of(source, protect_first=protect_first)
-    base = sums_of(source, [block], origins=False)
-    theatre = _Theatre(source, setting, lesions, base, Sample(base.positions, 9, 9, 2))
+    sample = Tokens([x.step for x in lesions], 9, 2, None, 1, 0)
+    base = sums_of(source, sample.tapped(iter([block])), origins=False)
+    theatre = Theatre(source, setting, lesions, base, sample)
     theatre.prepare(block)
     outputs: list[Tensor] = []
     runs = Runs(setting, block, source.inputs(block))
@@ -97,15 +98,14 @@ def test_equals_a_forward_written_by_hand(name: str) -> None:
     lesions = [
         Lesion("scale", 2, "", 0.25),
         Lesion("position", 2, "", mean=mean, basis=basis),
-        Lesion("random", 2, "", mean=mean, basis=basis, other=other),
+        Lesion("random", 2, "", mean=mean, basis=other, factor=1.5),
     ]
 
     def removed(x: Tensor) -> Tensor:
         return torch.as_tensor((x.double() - mean) @ basis @ basis.T)
 
     def drawn(x: Tensor) -> Tensor:
-        inside = (x.double() - mean) @ other @ other.T
-        return torch.as_tensor(inside / inside.norm(dim=-1, keepdim=True) * removed(x).norm(dim=-1, keepdim=True))
+        return torch.as_tensor(1.5 * (x.double() - mean) @ other @ other.T)
 
     skips: list[Callable[[Tensor], Tensor]] = [
         lambda x: 0.25 * x,
@@ -135,7 +135,7 @@ class TestPlanted:
             assert (found.position_share[control, later] > 0.3 * found.baseline[later]).all()
             assert (found.probe_refitted[gone] < 0.05).all()
             assert (found.probe_refitted[control] > 0.1).all()
-            assert found.energy_removed[gone] == pytest.approx(found.energy_removed[control], rel=1e-5)
+            assert found.energy_removed[gone] == pytest.approx(found.energy_removed[control], rel=0.1)
 
     def test_a_factor_of_zero_leaves_what_the_sublayer_wrote(self) -> None:
         found = position_lesion(PositionCarrier(), tokens=ids(), skips=["1_attn_out"], alphas=[0.0], progress=False)
