@@ -53,6 +53,18 @@ class OriginOptions:
     def _capture(self, path: Path) -> Source:
         from streamlens.analyses.source import source_of
 
+        corpus = self.corpus
+        given = {
+            "--text": corpus.text,
+            "--jsonl": corpus.jsonl,
+            "--tokens": corpus.tokens,
+            "--window": corpus.window,
+            "--ragged": corpus.ragged,
+            "--max-tokens": corpus.max_tokens,
+            "--dtype": self.model.dtype,
+        }
+        if named := [option for option, value in given.items() if value]:
+            raise UsageError(f"{path} has its own tokens and dtype: {', '.join(named)} can only be given with a model")
         own = None
         if self.model_file is not None or self.model.factory is not None:
             source = None if self.model_file is None else str(self.model_file)

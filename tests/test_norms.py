@@ -303,6 +303,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "<svg" in Path("a.svg").read_text()
     run = CliRunner().invoke(main, ["norms", "x.h5", "--plot", "a.gif"])
     assert (run.exit_code, "save to one of .png, .svg" in run.stderr) == (2, True)
+    run = CliRunner().invoke(main, ["norms", "x.h5", "--max-tokens", "8"])
+    assert (run.exit_code, "--max-tokens can only be given with a model" in run.stderr) == (2, True)
     Path("x.h5").unlink()
     run = CliRunner().invoke(main, ["norms"])
     assert (run.exit_code, "no capture is here: run `streamlens capture MODEL` first" in run.stderr) == (2, True)
