@@ -23,7 +23,8 @@ from streamlens.analyses.source import source_of
 from streamlens.cli.app import main
 from streamlens.errors import UsageError
 from tests.conftest import case
-from tests.test_gradient import DOUBLE, EVERY_KIND, MODEL, SMALL, graph_of, relative
+from tests.test_gradient import DOUBLE, EVERY_KIND, graph_of, relative
+from tests.test_gradient_door import MODEL, SMALL
 
 PARTLY_FLOAT32 = {"llama", "gemma2", "olmo2", "granite", "mamba", "t5"}
 """Models that do a part of their arithmetic, as a rule the norms, in float32 whatever their dtype is."""

@@ -13,7 +13,7 @@ import streamlens as sl
 from streamlens.analyses.gradient_graph import graphs
 from streamlens.analyses.source import source_of
 from streamlens.checkpoint.model import Model
-from tests.test_real_models import packaged
+from tests.conftest import packaged
 
 pytestmark = pytest.mark.real
 
