@@ -176,7 +176,10 @@ class _FrozenHead:
         self.rest = rest
         linear = [o.name in _AFFINE for o in head.after]
         count = linear.index(False) if False in linear else len(linear)
-        self.after, self.capped = head.after[:count], count < len(linear)
+        self.capped = count < len(linear)
+        if self.capped and count and head.after[count - 1].name in ("div", "mul"):
+            count -= 1  # the scale inside a soft-cap belongs to it: cap * tanh(logits / cap)
+        self.after = head.after[:count]
         self.weight = head.weight.float()
         self._demand_affine(own)
 

