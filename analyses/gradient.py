@@ -44,6 +44,7 @@ class Sequences:
         self.objective: Objective | None = None
         self.tables: list[dict[str, Floats]] = []
         self.doc: list[int] = []
+        self._seen = 0
 
     @property
     def count(self) -> int:
@@ -56,16 +57,26 @@ class Sequences:
         return self.limit is not None and self.count >= self.limit
 
     def update(self, block: Block) -> None:
-        """Run the sequences of a block, those that the limit still allows, and fold them in."""
+        """Run the sequences of a block, or as many as are its share of the limit, and fold them in."""
         self.objective = objective_of(self.source, block)
-        left = None if self.limit is None else self.limit - self.count
-        doc = block.doc.reshape(block.shape)[:, 0].tolist()
-        for graph in graphs(self.source, block, self.at_once, left):
+        rows = self._rows(block)
+        doc = block.doc.reshape(block.shape)[rows, 0].tolist()
+        for graph in graphs(self.source, block, self.at_once, rows):
             table = {name: _sequences_first(values) for name, values in self._measure(graph).items()}
             self.tables.append({**table, "loss": graph.losses.detach().double().cpu().numpy()})
             self.doc += doc[: graph.docs]
             doc = doc[graph.docs :]
             del graph  # or its memory would still be held while the next one is made
+
+    def _rows(self, block: Block) -> list[int]:
+        """Choose sequences of a block: evenly over the whole text, since the windows of one document are alike."""
+        docs, positions = block.shape
+        first, self._seen = self._seen, self._seen + docs
+        if self.limit is None:
+            return list(range(docs))
+        total = max(self.limit, self.source.n_tokens // positions)
+        spread = [i for i in range(docs) if (first + i + 1) * self.limit // total > (first + i) * self.limit // total]
+        return spread[: self.limit - self.count]
 
     def merge(self, other: Sequences) -> None:
         """Fold another partial result in."""
@@ -91,7 +102,7 @@ class Sequences:
 
     def title(self, what: str) -> str:
         """Say what was measured, where, and over how many sequences where it was not all."""
-        some = f", first {self.count:,} sequences" if self.full else ""
+        some = f", {self.count:,} sequences of it" if self.full else ""
         return f"{what}, {self.source.stream.name}: {self.source.description}{some}"
 
     def _measure(self, graph: Graph) -> dict[str, Tensor]:
@@ -189,7 +200,7 @@ def gradient_flow(
         origin: a capture whose model is to be had, a model, or a source. The model itself is run.
         stream: which stream; by default the one that the head reads.
         model: for a capture: its model, where it is loaded already.
-        sequences: run the first so many windows (or documents kept whole); None runs all.
+        sequences: run so many windows (or documents kept whole), evenly spread over the text; None runs all.
         at_once: how many sequences share a graph; memory grows with it, and nothing else does.
         progress: show a progress bar.
         **corpus: for a live model: what it is shown, as in `streamlens.capture`.

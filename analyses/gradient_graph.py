@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -144,17 +144,16 @@ def objective_of(source: Source, block: Block) -> Objective:
     return "cross_entropy" if known else "pooled_norm"
 
 
-def graphs(source: Source, block: Block, at_once: int, limit: int | None = None) -> Iterator[Graph]:
+def graphs(source: Source, block: Block, at_once: int, rows: Sequence[int] | None = None) -> Iterator[Graph]:
     """Run the sequences of a block a few at a time, each time with the graph kept.
 
-    A sequence is a window, or a document that was kept whole. The last token of one has no target, even where the
-    text goes on in the next: otherwise the objective would depend on how the sequences were cut into blocks.
+    A sequence is a window, or a document that was kept whole.
 
     Args:
         source: where the block comes from; its model is run.
         block: whole sequences.
         at_once: how many sequences share a graph, which bounds the memory.
-        limit: how many sequences of the block to run; by default all.
+        rows: which sequences of the block to run; by default all.
 
     Raises:
         MissingDataError: the capture's model or inputs are not to be had.
@@ -163,13 +162,11 @@ def graphs(source: Source, block: Block, at_once: int, limit: int | None = None)
     module, (docs, positions) = source.model.module, block.shape
     inputs = without_cache(module, source.inputs(block))
     axis = 1 if source.anatomy.stream().position_first else 0
-    targets = target_ids(source, block).reshape(docs, positions).clone()
-    if source.causal:
-        targets[:, -1] = -1
+    targets = target_ids(source, block).reshape(docs, positions)
     objective = objective_of(source, block)
-    last_doc = docs if limit is None else min(docs, limit)
-    for first in range(0, last_doc, at_once):
-        chosen = list(range(first, min(last_doc, first + at_once)))
+    wanted_rows = list(range(docs) if rows is None else rows)
+    for first in range(0, len(wanted_rows), at_once):
+        chosen = wanted_rows[first : first + at_once]
         some = select_docs(inputs, chosen, axis, docs)
         wanted = targets[chosen] if objective == "cross_entropy" else None
         yield open_graph(module, source.anatomy, source.stream, some, (len(chosen), positions), wanted)

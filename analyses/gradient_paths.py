@@ -249,7 +249,7 @@ def path_spectrum(
         max_length: longer paths are not told apart; what they carry is the remainder.
         stream: which stream; by default the one that the head reads.
         model: for a capture: its model, where it is loaded already.
-        sequences: run the first so many windows (or documents kept whole); None runs all.
+        sequences: run so many windows (or documents kept whole), evenly spread over the text; None runs all.
         at_once: how many sequences share a graph; memory grows with it times `max_length`.
         progress: show a progress bar.
         **corpus: for a live model: what it is shown, as in `streamlens.capture`.

@@ -23,7 +23,9 @@ _PATHS = ("length", "share", "low", "high", "relative_norm", "energy_share", "bi
 @click.option(
     "--max-length", type=click.IntRange(min=0), help="With --paths: tell longer ones not apart. [default: 12]"
 )
-@click.option("--sequences", type=click.IntRange(min=1), help="Run so many windows. [default: 32; with --paths 8]")
+@click.option(
+    "--sequences", type=click.IntRange(min=1), help="Run so many windows, evenly spread. [default: 32; --paths 8]"
+)
 @click.option("--all", "everything", is_flag=True, help="Run all windows.")
 @click.option("--at-once", type=click.IntRange(min=1), help="Windows in memory at once. [default: 4; --paths 2]")
 def command(

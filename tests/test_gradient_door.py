@@ -93,6 +93,20 @@ def test_how_the_text_is_cut_into_blocks_changes_nothing_and_windows_of_one_docu
     assert alone.loss[0] == alone.loss[1] == alone.loss[2]  # one document says nothing about others
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(1, [3]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
+)
+@pytest.mark.parametrize("batch", [8, 24])
+def test_some_sequences_are_spread_over_the_text(limit: int, expected: list[int], batch: int) -> None:
+    found = case("nanogpt")
+    ids = torch.randint(0, 90, (4, 8), generator=torch.Generator().manual_seed(0))
+    source = source_of(found.module, tokens=list(ids), window=8, batch_tokens=batch)
+    flow = GradientFlow(source, 4, limit)
+    for block in source.blocks():
+        flow.update(block)
+    assert flow.doc == expected
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert", "gptj"])
 def test_a_file_gives_what_the_live_model_gives(name: str, tmp_path: Path) -> None:
     found = case(name)
@@ -109,9 +123,10 @@ def test_the_limit_on_sequences_holds_and_is_told() -> None:
     found = case("gpt2")
     some = gradient_flow(found.module, inputs=found.inputs, sequences=2, at_once=1, progress=False)
     assert some.sequences == 2
-    assert "first 2 sequences" in some.title
+    assert "2 sequences of it" in some.title
     source = source_of(found.module, inputs=found.inputs)
     (block,) = source.blocks()
+    assert [g.docs for g in graphs(source, block, 2, [0, 2])] == [2]
     assert [g.docs for g in graphs(source, block, 2)] == [2, 1]
 
 
