@@ -64,7 +64,8 @@ class LensResult(Result):
     grid: LensGrid | None
     """Token by token for a few positions of one document."""
     precision: Mapping[str, float] | None
-    """Where products were made in a lower precision: its largest and mean error on a sample of tokens."""
+    """Where products were made in another precision than the model's: how far ``kl``, ``entropy`` and
+    ``cross_entropy`` are off on a sample of tokens: ``kl_error_max``, ``kl_error_mean`` (nats), ``kl_error_share``."""
     tokens: int
     documents: int
     tuned: str | None = None

@@ -8,7 +8,7 @@ import matplotlib.patheffects as effects
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
 from streamlens.analyses.figures import DIVERGING, PALETTE, SEQUENTIAL, axes, finish, interval, panels, style
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from streamlens.analyses.lens_grid import LensGrid
     from streamlens.analyses.lens_tally import Summary
     from streamlens.analyses.lens_writes import WriteLensResult
+    from streamlens.analyses.statistics import Floats
     from streamlens.analyses.tuned_lens import TunedLens
 
 STATE = "State (sublayers done)"
@@ -53,6 +54,7 @@ def plot_kl(found: LensResult, ax: Axes | None = None, *, title: str | None = No
             _line(ax, x, found.cross_entropy, SECOND, "cross-entropy to the target")
         _line(ax, x, found.entropy, THIRD, "entropy of the lens")
         ax.set_ylim(bottom=0)
+        _spread_out(ax, found.kl.mean)
         _integers(ax)
         return finish(ax, x=STATE, y="nats", title=found.title if title is None else title)
 
@@ -109,6 +111,7 @@ def plot_delta(found: LensResult, ax: Axes | None = None) -> Axes:
         for kind in dict.fromkeys(found.kinds[1:]):
             ax.bar([found.states[1]], [0], color=PALETTE.get(kind.split("+")[0], PALETTE["other"]), label=kind)
         ax.axhline(0, color=PALETTE["block"], linewidth=0.6)
+        _spread_out(ax, gained.mean)
         _integers(ax)
         return finish(ax, x=STATE, y="Gain in log p(target) (nats)", title=found.title)
 
@@ -125,6 +128,7 @@ def plot_tuned(found: TunedLens, ax: Axes | None = None) -> Axes:
             ax.plot(x, values[:, 0], color=colour, label=label)
             interval(ax, list(x), list(values[:, 1]), list(values[:, 2]), colour)
         ax.set_ylim(bottom=0)
+        _spread_out(ax, found.kl_logit_lens[:, 0])
         _integers(ax)
         return finish(ax, x=STATE, y="KL(final || lens), held out (nats)", title=found.title)
 
@@ -207,6 +211,14 @@ def _drawable(text: str) -> str:
 def _line(ax: Axes, x: NDArray[np.int64], summary: Summary, colour: str, label: str) -> None:
     ax.plot(x, summary.mean, color=colour, label=label)
     interval(ax, list(x), list(summary.low), list(summary.high), colour)
+
+
+def _spread_out(ax: Axes, values: Floats) -> None:
+    """Use an axis that is linear up to 1 and logarithmic beyond, where a few values would flatten all others."""
+    size = np.abs(values[np.isfinite(values)])
+    if len(size) and size.max() > 5 * max(1.0, float(np.median(size))):
+        ax.set_yscale("symlog", linthresh=1)
+        ax.yaxis.set_major_formatter(ScalarFormatter())
 
 
 def _integers(ax: Axes) -> None:

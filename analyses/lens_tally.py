@@ -106,7 +106,8 @@ class LensTally:
         """Fold one block in."""
         if self.head is not self.exact_head and self.precision is None:
             self.precision = self._compare_precision(block)
-        values, top = self._look(block)
+        targets = target_ids(self.source, block)
+        values, top = self._look(block, targets)
         later = block.position > 0
         headline = torch.where(later, values, torch.nan)
         self._documents.add(headline, block.doc)
@@ -122,7 +123,7 @@ class LensTally:
         self.depth += torch.bincount(depth[later], minlength=len(self.depth)).numpy()
         self.depth_all += torch.bincount(depth, minlength=len(self.depth)).numpy()
         self.tokens += len(block.ids)
-        self._keeper.add(block, target_ids(self.source, block), top, values[METRICS.index("top_probability")])
+        self._keeper.add(block, targets, top, values[METRICS.index("top_probability")])
 
     def merge(self, other: LensTally) -> None:
         """Fold another tally in."""
@@ -138,12 +139,11 @@ class LensTally:
         self.precision = self.precision or other.precision
         self._keeper.merge(other._keeper)
 
-    def _look(self, block: Block) -> tuple[Tensor, Tensor]:
+    def _look(self, block: Block, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return (name, state, token) float64 and the likeliest tokens (state, token), on the CPU."""
         count, states = len(block.ids), self.options.states
         work = self._workspace(count)
         self.head.begin(block)
-        targets = target_ids(self.source, block)
         values = torch.empty(len(self.names), len(states), count, dtype=torch.float64, device=self.head.device)
         top = torch.empty(len(states), count, dtype=torch.int64, device=self.head.device)
         for start in range(0, count, work.chunk):
@@ -180,13 +180,14 @@ class LensTally:
         for dtype in (None, self.options.dtype):
             options = LensOptions(self.options.states, self.options.top_k, dtype, False, None, None, ())
             tally = LensTally(self.source, self.exact_head, options, self.tuned)
-            found.append(tally._look(sample)[0])
+            found.append(tally._look(sample, target_ids(self.source, block)[rows])[0])
         error = (found[1] - found[0]).abs()
         report = {"tokens": float(len(rows))}
         for name in ("kl", "entropy", "cross_entropy"):
             of = error[METRICS.index(name)]
             report[f"{name}_error_max"] = float(of.nan_to_num(0).max())
             report[f"{name}_error_mean"] = float(of.nanmean())
+            report[f"{name}_error_share"] = float(of.nansum() / found[0][METRICS.index(name)].nansum())
         return report
 
     @property

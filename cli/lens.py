@@ -66,10 +66,8 @@ def command(
     if train is not None and (writes or options["grid"] or options["tuned"] is not None):
         raise UsageError("--train does not go with --grid, --writes or --tuned: train first, then look with --tuned")
     source = origin.open()
-    # A capture is never converted, so there --dtype can only mean this.
-    dtype = products or (origin.model.dtype if _is_file(source) else None)
     if train is not None:
-        _train(source, show, kind=train, steps=steps, dtype=dtype, save=save)
+        _train(source, show, kind=train, steps=steps, dtype=products, save=save)
     elif writes:
         from streamlens.analyses.lens_writes import write_lens
 
@@ -78,7 +76,7 @@ def command(
             print_notes(["these are the logits before the model's soft-cap"])
         show.show("lens", taken_apart, taken_apart.short_rows())
     else:
-        _look(source, show, dtype=dtype, **options)
+        _look(source, show, dtype=products, **options)
 
 
 def _look(
@@ -118,12 +116,7 @@ def _remarks(found: LensResult) -> list[str]:
     if found.precision is not None:
         notes.append(
             f"products in lower precision: on {found.precision['tokens']:.0f} tokens kl differs by "
-            f"{found.precision['kl_error_mean']:.2g} nats on average, {found.precision['kl_error_max']:.2g} at most"
+            f"{found.precision['kl_error_mean']:.2g} nats on average ({found.precision['kl_error_share']:.1%} of it), "
+            f"{found.precision['kl_error_max']:.2g} at most"
         )
     return notes
-
-
-def _is_file(source: Source) -> bool:
-    from streamlens.analyses.source import CaptureSource
-
-    return isinstance(source, CaptureSource)
