@@ -208,7 +208,7 @@ def positional_persistence(
 
     Raises:
         MissingDataError: too few documents, none that is long enough, or a capture without all positions and writes.
-        UsageError: fewer than two positions.
+        UsageError: fewer than two positions that count.
 
     Example:
         >>> from fixtures import zoo
@@ -219,8 +219,9 @@ def positional_persistence(
         >>> np.allclose(np.nansum(found.origin, axis=1), 1)
         True
     """
-    if positions is not None and positions < 2:
-        raise UsageError(f"position is a comparison of positions: {positions} is too few, ask for at least 2")
+    least = 2 if include_first else 3
+    if positions is not None and positions < least:
+        raise UsageError(f"{positions} positions are too few to compare: ask for at least {least}")
     source = source_of(origin, stream=stream, model=model, **corpus)
     blocks = watched(source, "position", progress=progress)
     return result_of(sums_of(source, blocks, positions=positions, include_first=include_first), source.description)

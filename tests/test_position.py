@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fixtures.planted_position import PositionCarrier
+from fixtures.planted_position import PositionCarrier, UniformAverage
 from streamlens.analyses import position_sums
 from streamlens.analyses.frozen import stream_norms
 from streamlens.analyses.position import PositionResult, positional_persistence, result_of
@@ -119,8 +119,9 @@ def correlated(seed: int, docs: int = 16, positions: int = 12, width: int = 6) -
 
 
 class TestNullBand:
-    def test_equals_permuted_positions(self) -> None:
-        data = correlated(7) + 2 * noise(12, 6, seed=3)
+    @pytest.mark.parametrize("docs", [4, 16])
+    def test_equals_permuted_positions(self, docs: int) -> None:
+        data = correlated(7, docs) + 2 * noise(12, 6, seed=3)
         sums = sums_on(data, first=0)
         low, high = null_band(sums, 0, split(sums, 0))
         generator = np.random.default_rng(0)
@@ -226,7 +227,7 @@ def test_file_and_live_run_agree_and_halves_merge(name: str, tmp_path: Path) -> 
 def assert_same(first: PositionResult, second: PositionResult) -> None:
     for field in dataclasses.fields(first):
         one, two = getattr(first, field.name), getattr(second, field.name)
-        if isinstance(one, np.ndarray):
+        if isinstance(one, np.ndarray | float):
             np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-7, err_msg=field.name)
         elif field.name != "title":
             assert one == two
@@ -261,6 +262,25 @@ class TestPlanted:
         assert found.position_share[0] < found.null_high[0]
         assert "no position embedding" in found.reading
 
+    def test_position_in_the_size_of_a_write_is_not_in_its_mean(self) -> None:
+        source = source_of(UniformAverage(), tokens=tokens(3000, 16), batch_tokens=16_000)
+        square = torch.zeros(16, dtype=torch.float64)
+        for block in source.blocks():
+            square += block.writes[0].view(*block.shape, -1).double().square().sum((0, 2))
+        flat = square * torch.arange(1, 17)
+        assert float((flat / flat.mean() - 1).abs().max()) < 0.1  # each is known to a few percent
+        assert abs(np.polyfit(np.log(np.arange(1, 17)), np.log(square.numpy()), 1)[0] + 1) < 0.02
+        found = positional_persistence(source, progress=False)
+        assert (found.position_share < 2 * found.null_high).all()
+
+
+def test_a_model_in_bfloat16_adds_up_to_its_own_roundings() -> None:
+    module = case("gpt2", torch.bfloat16).module
+    found = positional_persistence(module, tokens=tokens(24, 11, 50), progress=False)
+    np.testing.assert_allclose(np.nansum(found.origin, axis=1), 1.0, atol=0.02)
+    wide = positional_persistence(case("gpt2").module, tokens=tokens(24, 11, 50), progress=False)
+    np.testing.assert_allclose(found.position_share, wide.position_share, atol=0.02)
+
 
 class TestOptions:
     def test_position_0_counts_on_request(self) -> None:
@@ -276,8 +296,8 @@ class TestOptions:
         assert (found.documents, found.documents_left_out) == (3, 1)
 
     def test_mistakes(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="too few"):
-            positional_persistence(opened("gpt2"), positions=1, progress=False)
+        with pytest.raises(UsageError, match="at least 3"):
+            positional_persistence(opened("gpt2"), positions=2, progress=False)
         with pytest.raises(MissingDataError, match="has 99 positions"):
             positional_persistence(opened("gpt2"), positions=99, progress=False)
         with (
