@@ -189,7 +189,7 @@ class DocumentSums:
         """
         sums, counts = self.sums, self.counts
         docs = sums.shape[-1]
-        if not docs:
+        if docs < 2:  # one document says nothing about how documents differ
             return np.full(self.shape, np.nan), np.full(self.shape, np.nan)
         rng = np.random.default_rng(seed)
         weights = rng.multinomial(docs, np.full(docs, 1 / docs), size=draws).astype(np.float64).T
@@ -214,7 +214,7 @@ class Interval:
 def bootstrap(
     sums: Sequence[float] | Floats, counts: Sequence[float] | Floats, *, draws: int = 1000, seed: int = 0
 ) -> Interval:
-    """Return the mean over tokens with its 95 % percentile interval over documents.
+    """Return the mean over tokens with its 95 % percentile interval over documents; NaN ends for a single document.
 
     Documents are drawn with replacement, because the tokens of one depend on each other (Efron 1979). For a paired
     difference, `sums` are the differences.
@@ -229,11 +229,15 @@ def bootstrap(
     Interval(mean=2.0, low=2.0, high=2.0)
     """
     total, size = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    nan = float("nan")
     if not size.sum():
-        return Interval(float("nan"), float("nan"), float("nan"))
+        return Interval(nan, nan, nan)
+    mean = float(total.sum() / size.sum())
+    if len(total) < 2:  # one document says nothing about how documents differ
+        return Interval(mean, nan, nan)
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(total), np.full(len(total), 1 / len(total)), size=draws).astype(np.float64)
     drawn = weights @ size
     means = (weights @ total)[drawn > 0] / drawn[drawn > 0]
     low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(total.sum() / size.sum()), float(low), float(high))
+    return Interval(mean, float(low), float(high))

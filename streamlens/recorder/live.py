@@ -11,7 +11,7 @@ from streamlens.anatomy import Stream
 from streamlens.block import Block, NormStatistics
 from streamlens.calling import eager_math, invoke, without_cache
 from streamlens.observe import Observer, StopForward, observing, tokens
-from streamlens.proof import Replay, Verdict, norm_statistics
+from streamlens.proof import OnNorm, Replay, Verdict, norm_statistics
 from streamlens.recorder.feed import Load
 from streamlens.recorder.pilot import parameters_of
 from streamlens.recorder.plan import Plan
@@ -29,7 +29,7 @@ class _Gatherer(Observer):
         self.norms: dict[int, NormStatistics] = {}
         self.verdict = Verdict()
         self._shape = load.docs, load.positions
-        self._replay = Replay(stream, parameters, self.verdict, self._keep_norm)
+        self._replay = Replay(stream, parameters, self.verdict, _keeping(self.norms, stream, self._shape))
 
     def part(self, stream: Stream, index: int, tensor: Tensor) -> None:
         if stream.name == self.stream.name:
@@ -59,12 +59,18 @@ class _Gatherer(Observer):
     def settled(self) -> None:
         self._replay.settled()
 
-    def _keep_norm(self, index: int, tensor: Tensor) -> None:
-        mean, rstd = norm_statistics(self.stream.norms[index], tokens(tensor, self.stream, *self._shape))
-        self.norms[index] = mean.flatten(), rstd.flatten()
-
     def _kept(self, tensor: Tensor) -> Tensor:
         return tokens(tensor, self.stream, *self._shape).flatten(0, 1).clone()
+
+
+def _keeping(norms: dict[int, NormStatistics], stream: Stream, shape: tuple[int, int]) -> OnNorm:
+    """Return what keeps norm statistics; not a method, which would be a cycle that keeps a whole batch alive."""
+
+    def keep(index: int, tensor: Tensor) -> None:
+        mean, rstd = norm_statistics(stream.norms[index], tokens(tensor, stream, *shape))
+        norms[index] = mean.flatten(), rstd.flatten()
+
+    return keep
 
 
 def live_blocks(module: nn.Module, plan: Plan, stream: Stream) -> Iterator[Block]:
