@@ -165,7 +165,7 @@ def logit_lens(
         top_k: sizes of the sets of likeliest tokens that are compared.
         dtype: of the products with the unembedding, ``"bfloat16"`` for speed; sums are float32 all the same, and
             the error is measured on a sample and reported in `LensResult.precision`. By default the model's own.
-        jsd: also the Jensen-Shannon divergence, which costs as much as everything else together.
+        jsd: also the Jensen-Shannon divergence, which takes several more passes over the logits.
         chunk_tokens: tokens whose logits are held at once; by default as many as fit 64 MB.
         translators: a tuned lens (`train_lens`), or the path of one: applied to each state before the head.
         grid: whether to keep the likeliest tokens at a few positions of one document.

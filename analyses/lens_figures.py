@@ -8,7 +8,7 @@ import matplotlib.patheffects as effects
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, ScalarFormatter, SymmetricalLogLocator
 from numpy.typing import NDArray
 
 from streamlens.analyses.figures import DIVERGING, PALETTE, SEQUENTIAL, axes, finish, interval, panels, style
@@ -216,8 +216,9 @@ def _line(ax: Axes, x: NDArray[np.int64], summary: Summary, colour: str, label: 
 def _spread_out(ax: Axes, values: Floats) -> None:
     """Use an axis that is linear up to 1 and logarithmic beyond, where a few values would flatten all others."""
     size = np.abs(values[np.isfinite(values)])
-    if len(size) and size.max() > 5 * max(1.0, float(np.median(size))):
+    if len(size) and size.max() > max(20.0, 5 * float(np.median(size))):
         ax.set_yscale("symlog", linthresh=1)
+        ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=[1, 2, 5]))
         ax.yaxis.set_major_formatter(ScalarFormatter())
 
 

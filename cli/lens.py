@@ -27,7 +27,7 @@ _FIRST = tuple(range(10))
 @click.option("--at", type=Numbers(), default=_FIRST, help="Positions of --grid and --writes. [default: 0-9]")
 @click.option("--states", type=Numbers(), help="Look at these states only, such as 0,8-12. [default: all]")
 @click.option("--top-k", type=Numbers(), default=(1, 5, 10), help="Sets of likeliest tokens. [default: 1,5,10]")
-@click.option("--jsd", is_flag=True, help="Also the Jensen-Shannon divergence, at twice the time.")
+@click.option("--jsd", is_flag=True, help="Also the Jensen-Shannon divergence: several more passes.")
 @click.option(
     "--products",
     type=click.Choice(["float32", "bfloat16"]),
