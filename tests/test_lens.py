@@ -301,6 +301,7 @@ def test_halves_merge_into_the_whole(turned: bool) -> None:
     assert found.kl.median is not None
     np.testing.assert_array_equal(found.kl.median, expected.kl.median)
     assert found.depth.tolist() == expected.depth.tolist()
+    assert found.depth_all_positions.tolist() == expected.depth_all_positions.tolist()
     assert (found.tokens, found.documents) == (72, 6)
     assert found.grid is not None
     assert expected.grid is not None
