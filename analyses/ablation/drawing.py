@@ -14,7 +14,7 @@ from streamlens.analyses.figures import DIVERGING, PALETTE, SEQUENTIAL, axes, fi
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
+    from matplotlib.collections import QuadMesh
 
     from streamlens.analyses.ablation.blocks import BlocksResult
     from streamlens.analyses.ablation.greedy import GreedyResult
@@ -71,7 +71,8 @@ def draw_sweep(found: AblationResult, ax: Axes | None = None) -> Axes:
     _spread(drawn, [found.scores.mean(head)[i] for i, _ in single])
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 3:
-        drawn.legend(ncols=2)
+        # Beside the axes: six series leave no room between them.
+        drawn.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
     return finish(drawn, x="layer", y=SCORES[head], title=found.title)
 
 
@@ -104,20 +105,14 @@ def draw_blocks(found: BlocksResult, ax: Axes | None = None) -> Axes:
     typical = float(np.median(np.abs(known)))
     wide = typical > 0 and known.max() > 20 * typical
     norm = SymLogNorm(typical, vmin=float(known.min()), vmax=float(known.max())) if wide else None
-    image = drawn.imshow(
-        np.ma.masked_invalid(grid),
-        origin="lower",
-        aspect="auto",
-        cmap=SEQUENTIAL,
-        norm=norm,
-        extent=(-0.5, found.layers - 0.5, 0.5, lengths + 0.5),
-    )
+    edges = np.arange(found.layers + 1) - 0.5, np.arange(lengths + 1) + 0.5
+    image = drawn.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap=SEQUENTIAL, norm=norm)
     _bar(drawn, image, SCORES[found.scores.headline])
     for row in found.best():
         drawn.plot(row["start"], row["length"], ".", color="white", markersize=3.5)
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn.yaxis.set_major_locator(MaxNLocator(integer=True))
-    title = f"{found.title}\n(dots: the block of each length that costs least)"
+    title = f"{found.title}. Dots: the cheapest block of each length"
     return finish(drawn, x="first layer left out", y="number of layers left out", title=title)
 
 
@@ -129,8 +124,10 @@ def draw_pairs(found: PairsResult, ax: Axes | None = None) -> Axes:
     typical = float(np.nanmedian(np.abs(grid))) or largest
     wide = largest > 20 * typical
     norm = SymLogNorm(typical, vmin=-largest, vmax=largest) if wide else Normalize(-largest, largest)
-    image = drawn.imshow(np.ma.masked_invalid(grid), origin="lower", cmap=DIVERGING, norm=norm)
-    _bar(drawn, image, f"interaction: {UNITS[found.scores.headline]}")
+    edges = np.arange(len(grid) + 1) - 0.5
+    image = drawn.pcolormesh(edges, edges, np.ma.masked_invalid(grid), cmap=DIVERGING, norm=norm)
+    drawn.set_aspect("equal")
+    _bar(drawn, image, f"interaction: {UNITS[found.scores.headline]}, + backup, - series")
     if found.units[0].kind == "layer":
         drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
         drawn.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -142,7 +139,7 @@ def draw_pairs(found: PairsResult, ax: Axes | None = None) -> Axes:
         drawn.set_xticks(ticks, labels, rotation=90)
         drawn.set_yticks(ticks, labels)
         name = "sublayer"
-    return finish(drawn, x=name, y=name, title=f"{found.title}\n(positive: backups; negative: a series)")
+    return finish(drawn, x=name, y=name, title=found.title)
 
 
 def draw_greedy(found: GreedyResult, ax: Axes | None = None) -> Axes:
@@ -196,7 +193,7 @@ def draw_effects(found: EffectsResult, ax: Axes | None = None) -> Axes:
     return finish(drawn, x="direct effect (logits)", y="total effect (logits)", title=found.title)
 
 
-def _bar(ax: Axes, image: AxesImage, label: str) -> None:
+def _bar(ax: Axes, image: QuadMesh, label: str) -> None:
     figure = ax.get_figure()
     assert figure is not None, "axes without a figure"
     bar = figure.colorbar(image, ax=ax, label=label)

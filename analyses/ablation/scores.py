@@ -15,7 +15,7 @@ from torch import Tensor
 
 from streamlens.analyses.statistics import Floats, Interval, bootstrap
 
-CHUNK = 2**20
+CHUNK = 2**19
 """Logits that are scored at once: so many that they stay in the cache of a core."""
 
 FEW_DOCUMENTS = 10
@@ -37,26 +37,24 @@ class Reference:
         self._targets = targets.flatten().to(logits.device)
         self._p = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).flatten(0, -2)
         self._top = torch.empty(len(self._p), dtype=torch.int64, device=logits.device)
-        self._lse, self._expected, self.loss = (
-            torch.empty(len(self._p), dtype=torch.float64, device=logits.device) for _ in range(3)
-        )
-        for rows, z in _pieces(logits):
-            top, lse = _top_and_lse(z)
-            self._top[rows], self._lse[rows] = top, lse
-            torch.exp(z - lse[:, None].float(), out=self._p[rows])
-            self._expected[rows] = _dot(self._p[rows], z)
-            self.loss[rows] = _cross_entropy(z, lse, self._targets[rows])
+        self._own, self.loss = (torch.empty(len(self._p), dtype=torch.float64, device=logits.device) for _ in range(2))
+        for rows, log_p in _pieces(logits):
+            self._top[rows] = log_p.argmax(-1)
+            torch.exp(log_p, out=self._p[rows])
+            self._own[rows] = _expected(self._p[rows], log_p)
+            self.loss[rows] = _cross_entropy(log_p, self._targets[rows])
 
     def compare(self, logits: Tensor) -> dict[str, Tensor]:
-        """Return the scores of each token, (doc, position) float64; delta_loss is NaN where there is no target."""
-        delta, kl, agree = (torch.empty_like(self._lse) for _ in range(3))
-        for rows, z in _pieces(logits):
-            expected = _dot(self._p[rows], z)
-            top, lse = _top_and_lse(z)
-            # KL(p || q) = E_p[log p - log q]; the order of the terms makes it 0, not almost 0, for equal logits.
-            kl[rows] = (self._expected[rows] - expected) + (lse - self._lse[rows])
-            delta[rows] = _cross_entropy(z, lse, self._targets[rows]) - self.loss[rows]
-            agree[rows] = (top == self._top[rows]).double()
+        """Return the scores of each token, (doc, position) float64; delta_loss is NaN where there is no target.
+
+        A token agrees where no other logit is larger than that of the unchanged model's first choice.
+        """
+        delta, kl, agree = (torch.empty_like(self._own) for _ in range(3))
+        for rows, log_q in _pieces(logits):
+            # KL(p || q) = E_p[log p - log q]; for equal logits the same number is taken from itself, so it is 0.
+            kl[rows] = self._own[rows] - _expected(self._p[rows], log_q)
+            delta[rows] = _cross_entropy(log_q, self._targets[rows]) - self.loss[rows]
+            agree[rows] = (log_q.gather(-1, self._top[rows, None])[:, 0] >= log_q.amax(-1)).double()
         found = {"delta_loss": delta, "kl": kl, "top1_agreement": agree}
         return {name: values.reshape(self._shape) for name, values in found.items()}
 
@@ -87,26 +85,22 @@ def _pooled(output: Tensor) -> Tensor:
 
 
 def _pieces(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some tokens at a time: which, and their log-probabilities (token, vocab) float32."""
     flat = logits.flatten(0, -2)
     step = max(1, CHUNK // flat.shape[-1])
     for start in range(0, len(flat), step):
         rows = slice(start, min(len(flat), start + step))
-        yield rows, flat[rows].float()
+        yield rows, flat[rows].float().log_softmax(-1)
 
 
-def _top_and_lse(z: Tensor) -> tuple[Tensor, Tensor]:
-    largest, top = z.max(-1)
-    return top, largest.double() + (z - largest[:, None]).exp_().sum(-1, dtype=torch.float64).log()
-
-
-def _dot(p: Tensor, z: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.vecdot(p, z)
+def _expected(p: Tensor, log_q: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.vecdot(p, log_q)
     return found.double()
 
 
-def _cross_entropy(z: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
-    picked = z.gather(-1, targets.clamp_min(0)[:, None])[:, 0].double()
-    return torch.where(targets >= 0, lse - picked, torch.nan)
+def _cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
+    picked = log_p.gather(-1, targets.clamp_min(0)[:, None])[:, 0].double()
+    return torch.where(targets >= 0, -picked, torch.nan)
 
 
 @dataclass(frozen=True)
