@@ -200,7 +200,8 @@ def head_of(source: Source, block: Block) -> Head:
         with torch.no_grad(), eager_math():
             found = _taken_apart(source, states, inputs)
             return _compared(source, found, states, inputs)
-    except NotPerToken as reason:
+    except (NotPerToken, RuntimeError, IndexError, TypeError) as reason:
+        # An operation that cannot even be run on tokens laid out flat is one more that treats them together.
         return WholeHead(source, known.vocab, description=f"{OWN}, run whole for each state ({reason})")
 
 

@@ -99,6 +99,8 @@ ODD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a matrix for each document": lambda h, u: torch.bmm(h, torch.stack([u, 2 * u])[: len(h)]),
     "an einsum over reversed tokens": lambda h, u: torch.einsum("btd,dv->btv", h.flip(1), u).flip(1),
     "softmaxed": lambda h, u: (h @ u).log_softmax(-1),
+    "a triangle of positions": lambda h, u: torch.tril(h) @ u,
+    "positions in another order": lambda h, u: (h @ u)[:, torch.arange(h.shape[1]).flip(0)],
     "a factor for each position": lambda h, u: (h @ u) * torch.arange(1, h.shape[1] + 1)[None, :, None],
 }
 
