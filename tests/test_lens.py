@@ -228,7 +228,7 @@ class TestKernel:
         low = Yardstick(Workspace(head.to(torch.bfloat16), self.TOKENS, KS, torch.float32), first, targets)
         found = low.measure(second)
         assert not torch.equal(found.values[0], exact.values[0])
-        assert float((found.values[0] - exact.values[0]).abs().max()) < 0.1
+        assert bool(((found.values[0] - exact.values[0]).abs() < 0.02 * (1 + exact.values[0])).all())
 
     @pytest.mark.parametrize(("vocab", "k"), [(5203, 10), (5120, 1), (130, 10), (7, 10), (12800, 3)])
     def test_top_k_is_that_of_torch(self, vocab: int, k: int) -> None:
