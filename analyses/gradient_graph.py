@@ -17,7 +17,7 @@ from streamlens.block import Block
 from streamlens.calling import Inputs, invoke, without_cache
 from streamlens.errors import AnatomyError
 from streamlens.interception import Interception, Reaction
-from streamlens.observe import tokens
+from streamlens.observation import tokens
 from streamlens.recorder.feed import select_docs
 from streamlens.recorder.pilot import parameters_of
 from streamlens.replay import last, run

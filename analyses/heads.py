@@ -16,7 +16,7 @@ from streamlens.block import Block
 from streamlens.calling import invoke, without_cache
 from streamlens.errors import MissingDataError
 from streamlens.interception import Interception, Reaction
-from streamlens.observe import Observer, observing, tokens
+from streamlens.observation import Observer, observing, tokens
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from streamlens.analyses.statistics import Floats
 from streamlens.analyses.transport import Factor, skip_factors
 from streamlens.anatomy import Stream
 from streamlens.block import Block
-from streamlens.observe import Observer, observing, tokens
+from streamlens.observation import Observer, observing, tokens
 
 Mode = Literal["scale", "position", "random"]
 Features = NDArray[np.float32]

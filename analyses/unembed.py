@@ -27,7 +27,7 @@ from streamlens.block import Block
 from streamlens.calling import Inputs, eager_math, token_inputs
 from streamlens.edits import run_from
 from streamlens.errors import MissingDataError
-from streamlens.observe import tokens
+from streamlens.observation import tokens
 from streamlens.recorder.feed import select_docs
 
 PROBE_TOKENS = 16

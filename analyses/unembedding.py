@@ -14,7 +14,7 @@ from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.edits import run_from
 from streamlens.errors import MissingDataError
-from streamlens.observe import tokens
+from streamlens.observation import tokens
 
 
 class Unembedding:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from streamlens.discovery.streams import discover as discover
     from streamlens.edits import edit as edit
     from streamlens.edits import run_from as run_from
-    from streamlens.observe import observe as observe
+    from streamlens.observation import observe as observe
     from streamlens.reader.opening import Capture as Capture
     from streamlens.reader.opening import open_capture as open
     from streamlens.reader.verifying import verify as verify
@@ -77,7 +77,7 @@ _HOMES = {
     "position_probes": ("streamlens.analyses.position_probes", "position_probes"),
     "positional_persistence": ("streamlens.analyses.position", "positional_persistence"),
     "load": ("streamlens.checkpoint.loading", "load"),
-    "observe": ("streamlens.observe", "observe"),
+    "observe": ("streamlens.observation", "observe"),
     "open": ("streamlens.reader.opening", "open_capture"),
     "pack": ("streamlens.checkpoint.packing", "pack"),
     "run_from": ("streamlens.edits", "run_from"),

@@ -14,7 +14,7 @@ from streamlens.calling import check_inputs, invoke, without_cache
 from streamlens.discovery.bypass import FLAT, STATE
 from streamlens.errors import UsageError
 from streamlens.interception import Interception, Reaction
-from streamlens.observe import StopForward, tokens
+from streamlens.observation import StopForward, tokens
 
 Change = Callable[[Tensor], Tensor]
 """From the tensor at a point, (doc, position, d_model) in the model's own layout, to what takes its place."""

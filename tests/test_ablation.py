@@ -22,7 +22,7 @@ from streamlens.analyses.ablation.trials import Ablation, MeanWrites
 from streamlens.analyses.source import Source, source_of, target_ids
 from streamlens.calling import invoke
 from streamlens.errors import MissingDataError, UsageError
-from streamlens.observe import tokens
+from streamlens.observation import tokens
 from streamlens.recorder.pilot import parameters_of
 from tests.conftest import Case, case, taken
 

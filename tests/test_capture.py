@@ -17,7 +17,7 @@ import streamlens as sl
 from streamlens.calling import eager_math, invoke
 from streamlens.checkpoint.model import wrap
 from streamlens.errors import MissingDataError, UsageError
-from streamlens.observe import observe, tokens
+from streamlens.observation import observe, tokens
 from streamlens.proof import same_bits
 from streamlens.reader.verifying import verify
 from tests.conftest import Case, case, taken

@@ -16,7 +16,7 @@ import streamlens as sl
 from streamlens.analyses.gradient import gradient_flow
 from streamlens.analyses.gradient_graph import Graph, open_graph
 from streamlens.calling import invoke
-from streamlens.observe import observe
+from streamlens.observation import observe
 from tests.conftest import Case, case
 
 DOUBLE = torch.float64

@@ -112,6 +112,18 @@ def test_git_ignores_nothing_of_the_fixtures() -> None:
 # ---- imports ------------------------------------------------------------------------------------------------------
 
 
+def test_no_module_bears_the_name_of_a_public_function() -> None:
+    """Importing such a module would put it in the place of the function: `sl.observe` would no longer be callable."""
+    names = {path.stem for path in (ROOT / "streamlens").iterdir()}
+    assert not names & set(streamlens.__all__)
+    run_python(
+        "import pkgutil, importlib, streamlens\n"
+        "for found in pkgutil.walk_packages(streamlens.__path__, 'streamlens.'):\n"
+        "    if not found.name.endswith('__main__'): importlib.import_module(found.name)\n"
+        "assert all(callable(getattr(streamlens, name)) for name in streamlens.__all__)"
+    )
+
+
 def test_core_imports_neither_analyses_nor_the_command_line() -> None:
     forbidden = re.compile(r"(streamlens\.(analyses|cli)|analyses|cli|click|sklearn|seaborn|matplotlib)(\.|$)")
     door = ROOT / "streamlens" / "__init__.py"  # names the functions of the analyses; imports them when asked

@@ -27,7 +27,7 @@ from streamlens.calling import invoke
 from streamlens.cli.app import main
 from streamlens.edits import run_from
 from streamlens.errors import MissingDataError, UsageError
-from streamlens.observe import tokens
+from streamlens.observation import tokens
 from tests.conftest import Case, case, packaged, taken
 
 NAMES = [

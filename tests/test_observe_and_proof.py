@@ -13,7 +13,7 @@ from streamlens.anatomy import Stream
 from streamlens.calling import eager_math, invoke
 from streamlens.edits import edit, run_from
 from streamlens.errors import AnatomyError, UsageError
-from streamlens.observe import Observation, observe, tokens
+from streamlens.observation import Observation, observe, tokens
 from streamlens.proof import Verdict, bound, same_bits
 from streamlens.recorder.pilot import fly, parameters_of
 from streamlens.replay import replay_states

@@ -13,7 +13,7 @@ from streamlens.analyses.source import CaptureSource, is_capture, source_of, tar
 from streamlens.calling import invoke
 from streamlens.checkpoint.model import wrap
 from streamlens.errors import MissingDataError, ProofError, UsageError
-from streamlens.observe import observe
+from streamlens.observation import observe
 from streamlens.proof import same_bits
 from tests.conftest import case
 

@@ -16,7 +16,7 @@ from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.edits import run_from
 from streamlens.errors import MissingDataError
-from streamlens.observe import tokens
+from streamlens.observation import tokens
 from tests.conftest import Case, case, taken
 
 WITHOUT_HEAD = {

@@ -13,7 +13,7 @@ import streamlens as sl
 from streamlens.analyses.lens_writes import WriteLensResult, write_lens
 from streamlens.calling import invoke
 from streamlens.errors import MissingDataError, UsageError
-from streamlens.observe import observe, tokens
+from streamlens.observation import observe, tokens
 from tests.conftest import Case, case, packaged, taken
 
 NAMES = [

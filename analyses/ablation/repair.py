@@ -32,7 +32,7 @@ from streamlens.anatomy import Stream
 from streamlens.block import Block
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
-from streamlens.observe import observe, tokens
+from streamlens.observation import observe, tokens
 from streamlens.proof import norm_statistics
 
 if TYPE_CHECKING:

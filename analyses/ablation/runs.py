@@ -22,7 +22,7 @@ from streamlens.block import Block
 from streamlens.calling import Inputs, eager_math
 from streamlens.edits import Change, edit, run_between, run_from
 from streamlens.errors import MissingDataError, UsageError
-from streamlens.observe import tokens
+from streamlens.observation import tokens
 from streamlens.recorder.pilot import first_weight, parameters_of
 from streamlens.replay import advance
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from streamlens.anatomy import Anatomy, Stream
 from streamlens.calling import eager_math, invoke, without_cache
-from streamlens.observe import Observer, StopForward, observing, tokens
+from streamlens.observation import Observer, StopForward, observing, tokens
 from streamlens.proof import OnNorm, Replay, Verdict, norm_statistics
 from streamlens.recorder.pilot import first_weight
 from streamlens.recorder.plan import Block, Plan

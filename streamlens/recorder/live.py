@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from streamlens.anatomy import Stream
 from streamlens.block import Block, NormStatistics
 from streamlens.calling import eager_math, invoke, without_cache
-from streamlens.observe import Observer, StopForward, observing, tokens
+from streamlens.observation import Observer, StopForward, observing, tokens
 from streamlens.proof import OnNorm, Replay, Verdict, norm_statistics
 from streamlens.recorder.feed import Load
 from streamlens.recorder.pilot import parameters_of

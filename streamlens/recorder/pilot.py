@@ -15,7 +15,7 @@ from streamlens.discovery.layout import main_input
 from streamlens.discovery.streams import discover
 from streamlens.edits import run_from
 from streamlens.errors import ProofError
-from streamlens.observe import Observation, observing, tokens
+from streamlens.observation import Observation, observing, tokens
 from streamlens.proof import Replay, Verdict, same_bits
 
 

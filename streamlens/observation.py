@@ -1,0 +1,177 @@
+"""Observe a forward pass: every embedding part, state, write and value mix, as the model itself handles them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from streamlens.anatomy import Anatomy, Point, Stream, Sublayer
+from streamlens.interception import Interception, Reaction
+
+
+class StopForward(Exception):
+    """Raised inside a forward pass to end it once everything wanted has been seen; caught by whoever started it."""
+
+
+class Observer:
+    """Receives tensors in the order in which the model comes to them. Override what is wanted.
+
+    Each tensor is the model's own and may be overwritten as soon as the method returns: copy what is kept.
+    Its layout is the model's own, too; see `tokens`.
+    """
+
+    def part(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        """An embedding part, about to be added."""
+
+    def state(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        """State x_index, about to be carried over a branch (the last one: just made)."""
+
+    def write(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        """What sublayer `index` adds, about to be added."""
+
+    def value_mix(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        """The heads' outputs of sublayer `index` side by side, about to be projected: (..., heads * d_head)."""
+
+    def settled(self) -> None:
+        """All tensors of one call have been received; the call itself, which may overwrite them, comes next."""
+
+
+def tokens(
+    tensor: Float[Tensor, "*layout width"],
+    stream: Stream,
+    docs: int,
+    positions: int,
+    *,
+    mix_of: Sublayer | None = None,
+) -> Float[Tensor, "{docs} {positions} width"]:
+    """Bring a tensor of the stream into the layout (doc, position, width), whatever the model's own is.
+
+    Args:
+        tensor: (doc, position, width), (position, doc, width), flattened to (token, width), or something that
+            broadcasts to one of these, such as learned positions.
+        stream: tells which layout the model uses.
+        docs: number of documents in the batch.
+        positions: number of positions.
+        mix_of: the sublayer, where the tensor is its value mix, which may have a layout of its own.
+    """
+    position_first = stream.position_first if mix_of is None else mix_of.mix_position_first
+    width = tensor.shape[-1]
+    if tensor.numel() == docs * positions * width:
+        if position_first:
+            return rearrange(tensor.reshape(positions, docs, width), "position doc width -> doc position width")
+        return tensor.reshape(docs, positions, width)
+    if position_first:
+        whole = tensor.broadcast_to(positions, docs, width)
+        return rearrange(whole, "position doc width -> doc position width")
+    return tensor.broadcast_to(docs, positions, width)
+
+
+def observing(module: nn.Module, anatomy: Anatomy, observer: Observer, *, mixes: bool = False) -> Interception:
+    """Return a context in which `observer` receives what each forward pass of `module` does.
+
+    Args:
+        module: the model.
+        anatomy: its anatomy.
+        observer: who receives the tensors.
+        mixes: whether to look at the value mixes, too.
+    """
+    reactions: dict[Point, list[Reaction]] = {}
+
+    def look(point: Point | None, receive: Callable[[Tensor], None]) -> None:
+        if point is not None:
+            reactions.setdefault(point, []).append(_looking(receive))
+
+    for stream in anatomy.streams:
+        _look_at(stream, observer, look, mixes)
+    joined = {point: _in_turn(several) for point, several in reactions.items()}
+    return Interception(module, anatomy, joined, observer.settled)
+
+
+def _look_at(
+    stream: Stream, observer: Observer, look: Callable[[Point | None, Callable[[Tensor], None]], None], mixes: bool
+) -> None:
+    for index, part in enumerate(stream.parts):
+        look(part.point, lambda t, i=index: observer.part(stream, i, t))  # type: ignore[misc]
+    for index, state in enumerate(stream.states):
+        last = index == len(stream.states) - 1
+        look(state.made if last else state.used, lambda t, i=index: observer.state(stream, i, t))  # type: ignore[misc]
+    for sublayer in stream.sublayers:
+        look(sublayer.write, lambda t, s=sublayer: observer.write(stream, s.index, _signed(t, s.sign)))  # type: ignore[misc]
+        if mixes:
+            look(sublayer.value_mix, lambda t, s=sublayer: observer.value_mix(stream, s.index, t))  # type: ignore[misc]
+
+
+def _signed(tensor: Tensor, sign: float) -> Tensor:
+    return tensor if sign == 1.0 else tensor * sign
+
+
+def _looking(receive: Callable[[Tensor], None]) -> Reaction:
+    def react(tensor: Tensor) -> None:
+        receive(tensor)
+
+    return react
+
+
+def _in_turn(reactions: list[Reaction]) -> Reaction:
+    if len(reactions) == 1:
+        return reactions[0]
+
+    def react(tensor: Tensor) -> None:
+        for reaction in reactions:
+            reaction(tensor)
+
+    return react
+
+
+@dataclass
+class Observation(Observer):
+    """Copies of all that was seen in the last forward pass, by stream name and index, in the model's own layout."""
+
+    parts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    states: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    writes: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    value_mixes: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+
+    def part(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        """Keep a copy."""
+        self.parts.setdefault(stream.name, {})[index] = tensor.clone()
+
+    def state(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        """Keep a copy."""
+        kept = tensor.clone()
+        self.states.setdefault(stream.name, {})[index] = kept
+        if index == 0 and stream.parts[0].point is None:
+            self.parts.setdefault(stream.name, {})[0] = kept
+
+    def write(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        """Keep a copy."""
+        self.writes.setdefault(stream.name, {})[index] = tensor.clone()
+
+    def value_mix(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        """Keep a copy."""
+        self.value_mixes.setdefault(stream.name, {})[index] = tensor.clone()
+
+
+@contextmanager
+def observe(module: nn.Module, anatomy: Anatomy, *, mixes: bool = False) -> Iterator[Observation]:
+    """Keep what a forward pass reads from and writes into its streams.
+
+    Example:
+        >>> import torch
+        >>> from streamlens.discovery.streams import discover
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        >>> x = torch.randn(2, 5, 8)
+        >>> with torch.no_grad(), observe(model, discover(model, x)) as seen:
+        ...     _ = model(x)
+        >>> torch.equal(seen.states["main"][0] + seen.writes["main"][0], seen.states["main"][1])
+        True
+    """
+    observation = Observation()
+    with observing(module, anatomy, observation, mixes=mixes):
+        yield observation
