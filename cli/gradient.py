@@ -10,8 +10,8 @@ from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
 from streamlens.cli.output import human, print_notes
 
 if TYPE_CHECKING:
-    from streamlens.analyses.gradient_paths import SpectrumResult
-    from streamlens.analyses.gradient_result import GradientResult
+    from streamlens.analyses.gradient.answer import GradientResult
+    from streamlens.analyses.gradient.paths import SpectrumResult
 
 _FLOW = ("label", "skip_share", "branch_share", "low", "high", "relative_norm")
 _PATHS = ("length", "share", "low", "high", "relative_norm", "energy_share", "binomial")
@@ -64,7 +64,7 @@ def command(
 
 
 def _by_sublayer(origin: OriginOptions, show: ShowOptions, options: dict[str, Any]) -> None:
-    from streamlens.analyses.gradient import gradient_flow
+    from streamlens.analyses.gradient.door import gradient_flow
 
     found = gradient_flow(origin.open(), **options)
     columns = (*_FLOW, "norm_gain") if found.has_norms else _FLOW
@@ -73,7 +73,7 @@ def _by_sublayer(origin: OriginOptions, show: ShowOptions, options: dict[str, An
 
 
 def _by_length(origin: OriginOptions, show: ShowOptions, options: dict[str, Any]) -> None:
-    from streamlens.analyses.gradient_paths import path_spectrum
+    from streamlens.analyses.gradient.paths import path_spectrum
 
     found = path_spectrum(origin.open(), **options)
     show.show("gradient", found, [{name: row[name] for name in _PATHS} for row in found.rows()])
@@ -93,7 +93,7 @@ def _by_length(origin: OriginOptions, show: ShowOptions, options: dict[str, Any]
 
 
 def _about(found: GradientResult | SpectrumResult) -> list[str]:
-    from streamlens.analyses.gradient_result import OBJECTIVES
+    from streamlens.analyses.gradient.answer import OBJECTIVES
 
     return [
         f"differentiated: {OBJECTIVES[found.objective]}, {human(float(found.loss[0]))}, {found.sequences} sequences of "

@@ -13,7 +13,7 @@ from streamlens.cli.output import human, print_notes
 from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
-    from streamlens.analyses.lens import LensResult
+    from streamlens.analyses.lens.door import LensResult
     from streamlens.analyses.source import Source
 
 _FIRST = tuple(range(10))
@@ -69,7 +69,7 @@ def command(
     if train is not None:
         _train(source, show, kind=train, steps=steps, dtype=products, save=save)
     elif writes:
-        from streamlens.analyses.lens_writes import write_lens
+        from streamlens.analyses.lens.writes import write_lens
 
         taken_apart = write_lens(source, doc=options["doc"], positions=options["at"])
         if taken_apart.capped:
@@ -82,7 +82,7 @@ def command(
 def _look(
     source: Source, show: ShowOptions, *, at: tuple[int, ...], doc: int | None, grid: bool, **options: Any
 ) -> None:
-    from streamlens.analyses.lens import logit_lens
+    from streamlens.analyses.lens.door import logit_lens
 
     translators = options.pop("tuned")
     found = logit_lens(source, translators=translators, grid=grid, grid_doc=doc, grid_positions=at, **options)
@@ -94,7 +94,7 @@ def _look(
 
 
 def _train(source: Source, show: ShowOptions, *, kind: Any, steps: int, dtype: str | None, save: Path | None) -> None:
-    from streamlens.analyses.tuned_lens import train_lens
+    from streamlens.analyses.lens.tuned import train_lens
 
     lens = train_lens(source, kind=kind, steps=steps, dtype=dtype)
     if save is not None:
@@ -110,7 +110,7 @@ def _train(source: Source, show: ShowOptions, *, kind: Any, steps: int, dtype: s
 
 
 def _remarks(found: LensResult) -> list[str]:
-    from streamlens.analyses.unembed import OWN
+    from streamlens.analyses.lens.head import OWN
 
     notes = [] if found.head == OWN else [f"looked through {found.head}"]
     if found.precision is not None:

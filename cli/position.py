@@ -79,7 +79,7 @@ _LESION_ONLY = {"skips": "at", "alphas": "alpha", "protect_first": "protect-firs
 
 
 def _persistence(source: Source, show: ShowOptions, options: dict[str, Any]) -> None:
-    from streamlens.analyses.position import positional_persistence
+    from streamlens.analyses.position.door import positional_persistence
 
     found = positional_persistence(source, **options)
     notes = [found.reading]
@@ -90,7 +90,7 @@ def _persistence(source: Source, show: ShowOptions, options: dict[str, Any]) -> 
 
 
 def _probes(source: Source, show: ShowOptions, options: dict[str, Any], seed: int) -> None:
-    from streamlens.analyses.position_probes import position_probes
+    from streamlens.analyses.position.probes import position_probes
 
     found = position_probes(source, sample_seed=seed, **options)
     train, test = found.tokens
@@ -104,7 +104,7 @@ def _probes(source: Source, show: ShowOptions, options: dict[str, Any], seed: in
 
 
 def _lesion(source: Source, show: ShowOptions, options: dict[str, Any], seed: int) -> None:
-    from streamlens.analyses.position_lesion import position_lesion
+    from streamlens.analyses.position.lesion import position_lesion
 
     found = position_lesion(source, sample_seed=seed, **options)
     print_notes([f"unchanged, the positional share of the last state is {found.baseline[-1]:.4g}"])

@@ -19,24 +19,24 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from streamlens.analyses.ablation.sweep import ablate as ablate
-    from streamlens.analyses.gradient import gradient_flow as gradient_flow
-    from streamlens.analyses.gradient_paths import SpectrumResult as SpectrumResult
-    from streamlens.analyses.gradient_paths import path_spectrum as path_spectrum
-    from streamlens.analyses.gradient_result import GradientResult as GradientResult
-    from streamlens.analyses.lens import LensResult as LensResult
-    from streamlens.analyses.lens import logit_lens as logit_lens
-    from streamlens.analyses.lens_writes import WriteLensResult as WriteLensResult
-    from streamlens.analyses.lens_writes import write_lens as write_lens
+    from streamlens.analyses.gradient.answer import GradientResult as GradientResult
+    from streamlens.analyses.gradient.door import gradient_flow as gradient_flow
+    from streamlens.analyses.gradient.paths import SpectrumResult as SpectrumResult
+    from streamlens.analyses.gradient.paths import path_spectrum as path_spectrum
+    from streamlens.analyses.lens.door import LensResult as LensResult
+    from streamlens.analyses.lens.door import logit_lens as logit_lens
+    from streamlens.analyses.lens.tuned import TunedLens as TunedLens
+    from streamlens.analyses.lens.tuned import load_lens as load_lens
+    from streamlens.analyses.lens.tuned import train_lens as train_lens
+    from streamlens.analyses.lens.writes import WriteLensResult as WriteLensResult
+    from streamlens.analyses.lens.writes import write_lens as write_lens
     from streamlens.analyses.norms.door import contribution_norms as contribution_norms
-    from streamlens.analyses.position import PositionResult as PositionResult
-    from streamlens.analyses.position import positional_persistence as positional_persistence
-    from streamlens.analyses.position_lesion import LesionResult as LesionResult
-    from streamlens.analyses.position_lesion import position_lesion as position_lesion
-    from streamlens.analyses.position_probes import ProbeResult as ProbeResult
-    from streamlens.analyses.position_probes import position_probes as position_probes
-    from streamlens.analyses.tuned_lens import TunedLens as TunedLens
-    from streamlens.analyses.tuned_lens import load_lens as load_lens
-    from streamlens.analyses.tuned_lens import train_lens as train_lens
+    from streamlens.analyses.position.door import PositionResult as PositionResult
+    from streamlens.analyses.position.door import positional_persistence as positional_persistence
+    from streamlens.analyses.position.lesion import LesionResult as LesionResult
+    from streamlens.analyses.position.lesion import position_lesion as position_lesion
+    from streamlens.analyses.position.probes import ProbeResult as ProbeResult
+    from streamlens.analyses.position.probes import position_probes as position_probes
     from streamlens.anatomy import Anatomy as Anatomy
     from streamlens.checkpoint.loading import load as load
     from streamlens.checkpoint.model import Model as Model
@@ -59,23 +59,23 @@ _HOMES = {
     "capture": ("streamlens.recorder.capturing", "capture"),
     "discover": ("streamlens.discovery.streams", "discover"),
     "edit": ("streamlens.edits", "edit"),
-    "GradientResult": ("streamlens.analyses.gradient_result", "GradientResult"),
-    "SpectrumResult": ("streamlens.analyses.gradient_paths", "SpectrumResult"),
-    "gradient_flow": ("streamlens.analyses.gradient", "gradient_flow"),
-    "path_spectrum": ("streamlens.analyses.gradient_paths", "path_spectrum"),
-    "LensResult": ("streamlens.analyses.lens", "LensResult"),
-    "TunedLens": ("streamlens.analyses.tuned_lens", "TunedLens"),
-    "WriteLensResult": ("streamlens.analyses.lens_writes", "WriteLensResult"),
-    "load_lens": ("streamlens.analyses.tuned_lens", "load_lens"),
-    "logit_lens": ("streamlens.analyses.lens", "logit_lens"),
-    "train_lens": ("streamlens.analyses.tuned_lens", "train_lens"),
-    "write_lens": ("streamlens.analyses.lens_writes", "write_lens"),
-    "LesionResult": ("streamlens.analyses.position_lesion", "LesionResult"),
-    "PositionResult": ("streamlens.analyses.position", "PositionResult"),
-    "ProbeResult": ("streamlens.analyses.position_probes", "ProbeResult"),
-    "position_lesion": ("streamlens.analyses.position_lesion", "position_lesion"),
-    "position_probes": ("streamlens.analyses.position_probes", "position_probes"),
-    "positional_persistence": ("streamlens.analyses.position", "positional_persistence"),
+    "GradientResult": ("streamlens.analyses.gradient.answer", "GradientResult"),
+    "SpectrumResult": ("streamlens.analyses.gradient.paths", "SpectrumResult"),
+    "gradient_flow": ("streamlens.analyses.gradient.door", "gradient_flow"),
+    "path_spectrum": ("streamlens.analyses.gradient.paths", "path_spectrum"),
+    "LensResult": ("streamlens.analyses.lens.door", "LensResult"),
+    "TunedLens": ("streamlens.analyses.lens.tuned", "TunedLens"),
+    "WriteLensResult": ("streamlens.analyses.lens.writes", "WriteLensResult"),
+    "load_lens": ("streamlens.analyses.lens.tuned", "load_lens"),
+    "logit_lens": ("streamlens.analyses.lens.door", "logit_lens"),
+    "train_lens": ("streamlens.analyses.lens.tuned", "train_lens"),
+    "write_lens": ("streamlens.analyses.lens.writes", "write_lens"),
+    "LesionResult": ("streamlens.analyses.position.lesion", "LesionResult"),
+    "PositionResult": ("streamlens.analyses.position.door", "PositionResult"),
+    "ProbeResult": ("streamlens.analyses.position.probes", "ProbeResult"),
+    "position_lesion": ("streamlens.analyses.position.lesion", "position_lesion"),
+    "position_probes": ("streamlens.analyses.position.probes", "position_probes"),
+    "positional_persistence": ("streamlens.analyses.position.door", "positional_persistence"),
     "load": ("streamlens.checkpoint.loading", "load"),
     "observe": ("streamlens.observation", "observe"),
     "open": ("streamlens.reader.opening", "open_capture"),

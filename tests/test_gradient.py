@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import streamlens as sl
-from streamlens.analyses.gradient import gradient_flow
-from streamlens.analyses.gradient_graph import Graph, open_graph
+from streamlens.analyses.gradient.door import gradient_flow
+from streamlens.analyses.gradient.graph import Graph, open_graph
 from streamlens.calling import invoke
 from streamlens.observation import observe
 from tests.conftest import Case, case

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import streamlens as sl
-from streamlens.analyses import gradient_graph
-from streamlens.analyses.gradient import GradientFlow, gradient_flow
-from streamlens.analyses.gradient_graph import Graph, graphs, open_graph
+from streamlens.analyses.gradient import graph as gradient_graph
+from streamlens.analyses.gradient.door import GradientFlow, gradient_flow
+from streamlens.analyses.gradient.graph import Graph, graphs, open_graph
 from streamlens.analyses.source import source_of
 from streamlens.calling import invoke
 from streamlens.cli.app import main

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import streamlens as sl
 from fixtures.zoo_torch import PostNormLayer, PreNormLayer
-from streamlens.analyses.gradient_graph import Graph, open_graph
-from streamlens.analyses.gradient_paths import PathSpectrum, binomial_law, path_spectrum, spectrum_of
+from streamlens.analyses.gradient.graph import Graph, open_graph
+from streamlens.analyses.gradient.paths import PathSpectrum, binomial_law, path_spectrum, spectrum_of
 from streamlens.analyses.source import source_of
 from streamlens.cli.app import main
 from streamlens.errors import UsageError

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import streamlens as sl
-from streamlens.analyses.gradient_graph import graphs
+from streamlens.analyses.gradient.graph import graphs
 from streamlens.analyses.source import source_of
 from streamlens.checkpoint.model import Model
 from tests.conftest import packaged

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import streamlens as sl
 from fixtures import zoo
-from streamlens.analyses.head_trace import Chain
-from streamlens.analyses.lens import LensResult, lens_result, logit_lens
-from streamlens.analyses.lens_metrics import METRICS, Workspace, Yardstick, top_k
-from streamlens.analyses.lens_tally import LensOptions, LensTally, prediction_depth
+from streamlens.analyses.lens.door import LensResult, lens_result, logit_lens
+from streamlens.analyses.lens.head import NEAREST, LinearHead, head_of
+from streamlens.analyses.lens.metrics import METRICS, Workspace, Yardstick, top_k
+from streamlens.analyses.lens.tally import LensOptions, LensTally, prediction_depth
+from streamlens.analyses.lens.trace import Chain
 from streamlens.analyses.source import Source, source_of, target_ids
 from streamlens.analyses.statistics import DocumentSums, bootstrap
-from streamlens.analyses.unembed import NEAREST, LinearHead, head_of
 from streamlens.block import Block
 from streamlens.calling import invoke
 from streamlens.cli.app import main

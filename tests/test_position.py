@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fixtures.planted_position import PositionCarrier, UniformAverage
-from streamlens.analyses import position_sums
 from streamlens.analyses.frozen import stream_norms
-from streamlens.analyses.position import PositionResult, positional_persistence, result_of
-from streamlens.analyses.position_sums import PositionSums, Split, null_band, relative_norm, split, sums_of
+from streamlens.analyses.position import sums as position_sums
+from streamlens.analyses.position.door import PositionResult, positional_persistence, result_of
+from streamlens.analyses.position.sums import PositionSums, Split, null_band, relative_norm, split, sums_of
 from streamlens.analyses.source import Source, source_of
 from streamlens.analyses.transport import skip_factors, transported
 from streamlens.errors import MissingDataError, UsageError

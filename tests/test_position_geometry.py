@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamlens.analyses.position_geometry import (
+from streamlens.analyses.position.geometry import (
     control_subspace,
     debiased_cka,
     stable_rank,

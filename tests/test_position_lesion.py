@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import streamlens as sl
 from fixtures.planted_position import PositionCarrier
 from streamlens.analyses.ablation.runs import Runs, Setting
-from streamlens.analyses.position import positional_persistence
-from streamlens.analyses.position_lesion import LesionResult, position_lesion
-from streamlens.analyses.position_sums import sums_of
-from streamlens.analyses.position_theatre import Lesion, Theatre, Tokens
+from streamlens.analyses.position.door import positional_persistence
+from streamlens.analyses.position.lesion import LesionResult, position_lesion
+from streamlens.analyses.position.sums import sums_of
+from streamlens.analyses.position.theatre import Lesion, Theatre, Tokens
 from streamlens.analyses.source import source_of
 from streamlens.analyses.transport import skip_factors
 from streamlens.errors import MissingDataError, UsageError

@@ -12,8 +12,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from fixtures.planted_position import PositionCarrier
-from streamlens.analyses.position_probes import ProbeResult, control_labels, position_probes, r_squared, score
-from streamlens.analyses.position_sample import PENALTIES, Halves, Sample, fit_ridge
+from streamlens.analyses.position.probes import ProbeResult, control_labels, position_probes, r_squared, score
+from streamlens.analyses.position.sample import PENALTIES, Halves, Sample, fit_ridge
 from streamlens.analyses.source import source_of
 from streamlens.errors import MissingDataError, UsageError
 from tests.conftest import case, taken

@@ -14,13 +14,13 @@ from torch import Tensor
 
 import streamlens as sl
 from fixtures import zoo
-from streamlens.analyses.head_trace import Chain
-from streamlens.analyses.lens import logit_lens
+from streamlens.analyses.lens.descent import Descent, _divergence, descend
+from streamlens.analyses.lens.door import logit_lens
+from streamlens.analyses.lens.head import LinearHead, head_of
+from streamlens.analyses.lens.moments import StateMoments
+from streamlens.analyses.lens.trace import Chain
+from streamlens.analyses.lens.tuned import TunedLens, _split, load_lens, train_lens
 from streamlens.analyses.source import Source, source_of
-from streamlens.analyses.tuned_descent import Descent, _divergence, descend
-from streamlens.analyses.tuned_lens import TunedLens, _split, load_lens, train_lens
-from streamlens.analyses.tuned_moments import StateMoments
-from streamlens.analyses.unembed import LinearHead, head_of
 from streamlens.block import Block
 from streamlens.errors import FormatError, UsageError
 from tests.conftest import packaged

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fixtures import zoo
+from streamlens.analyses.lens.head import NEAREST, OWN, Head, LinearHead, WholeHead, head_of, tolerance
 from streamlens.analyses.source import Source, source_of
-from streamlens.analyses.unembed import NEAREST, OWN, Head, LinearHead, WholeHead, head_of, tolerance
 from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.edits import run_from

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import streamlens as sl
-from streamlens.analyses.lens_writes import WriteLensResult, write_lens
+from streamlens.analyses.lens.writes import WriteLensResult, write_lens
 from streamlens.calling import invoke
 from streamlens.errors import MissingDataError, UsageError
 from streamlens.observation import observe, tokens

@@ -1,0 +1,255 @@
+"""How much of the gradient flows back through the skip, and how much through the branch, at each sublayer."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamlens.analyses.gradient.answer import Flow, GradientResult, interval_mean
+from streamlens.analyses.gradient.graph import Graph, Objective, graphs, objective_of
+from streamlens.analyses.source import Corpus, Origin, Source, source_of, watched
+from streamlens.analyses.statistics import Floats
+from streamlens.block import Block
+from streamlens.checkpoint.model import Model
+from streamlens.errors import MissingDataError, UsageError
+
+SEQUENCES = 32
+"""How many sequences are differentiated unless more are asked for: 8,192 tokens in windows of 256."""
+
+AT_ONCE = 4
+"""How many sequences share a graph unless told: their activations and logits are what takes the memory."""
+
+
+class Sequences:
+    """Some numbers of each sequence, and how many sequences there may be: what both gradient analyses accumulate.
+
+    A sequence is a window, or a document that was kept whole.
+    """
+
+    def __init__(self, source: Source, at_once: int, limit: int | None) -> None:
+        """Say where the blocks come from; nothing is run yet.
+
+        Raises:
+            UsageError: a limit below one sequence.
+        """
+        if at_once < 1 or (limit is not None and limit < 1):
+            raise UsageError("at least one sequence has to be run, at a time and in all")
+        self.source = source
+        self.at_once = at_once
+        self.limit = limit
+        self.objective: Objective | None = None
+        self.tables: list[dict[str, Floats]] = []
+        self.doc: list[int] = []
+        self._seen = 0
+
+    @property
+    def count(self) -> int:
+        """Sequences so far."""
+        return len(self.doc)
+
+    @property
+    def full(self) -> bool:
+        """Whether the limit is reached."""
+        return self.limit is not None and self.count >= self.limit
+
+    def update(self, block: Block) -> None:
+        """Run the sequences of a block, or as many as are its share of the limit, and fold them in."""
+        self.objective = objective_of(self.source, block)
+        rows = self._rows(block)
+        doc = block.doc.reshape(block.shape)[rows, 0].tolist()
+        for graph in graphs(self.source, block, self.at_once, rows):
+            table = {name: _sequences_first(values) for name, values in self._measure(graph).items()}
+            self.tables.append({**table, "loss": graph.losses.detach().double().cpu().numpy()})
+            self.doc += doc[: graph.docs]
+            doc = doc[graph.docs :]
+            del graph  # or its memory would still be held while the next one is made
+
+    def _rows(self, block: Block) -> list[int]:
+        """Choose sequences of a block: evenly over the whole text, since the windows of one document are alike."""
+        docs, positions = block.shape
+        first, self._seen = self._seen, self._seen + docs
+        if self.limit is None:
+            return list(range(docs))
+        total = max(self.limit, self.source.n_tokens // positions)
+        spread = [i for i in range(docs) if (first + i + 1) * self.limit // total > (first + i) * self.limit // total]
+        return spread[: self.limit - self.count]
+
+    def merge(self, other: Sequences) -> None:
+        """Fold another partial result in."""
+        self.objective = self.objective or other.objective
+        self.tables += other.tables
+        self.doc += other.doc
+
+    def table(self) -> tuple[dict[str, Floats], NDArray[np.int64]]:
+        """Return the numbers of all sequences that have a gradient, and the document that each comes from.
+
+        The sums are (sequence, ..., 2): over position 0, and over the later ones. The loss is (sequence,).
+
+        Raises:
+            MissingDataError: there is no such sequence.
+        """
+        joined = {} if not self.tables else {k: np.concatenate([t[k] for t in self.tables]) for k in self.tables[0]}
+        moved = joined["energy"].reshape(self.count, -1).sum(-1) > 0 if joined else np.zeros(0, bool)
+        if not moved.any():
+            raise MissingDataError(
+                "no sequence has a gradient: each needs at least two tokens, so that one has a target"
+            )
+        return {name: values[moved] for name, values in joined.items()}, np.array(self.doc, np.int64)[moved]
+
+    def title(self, what: str) -> str:
+        """Say what was measured, where, and over how many sequences where it was not all."""
+        some = f", {self.count:,} sequences of it" if self.full else ""
+        return f"{what}, {self.source.stream.name}: {self.source.description}{some}"
+
+    def _measure(self, graph: Graph) -> dict[str, Tensor]:
+        """Return the sums of each sequence by name, each (..., doc, 2)."""
+        raise NotImplementedError
+
+
+_SUMS = ("energy", "identity", "step", "branch")
+
+
+class GradientFlow(Sequences):
+    """Folds in the split of the gradient block by block."""
+
+    def _measure(self, graph: Graph) -> dict[str, Tensor]:
+        gradients, inner = graph.gradients(), graph.per_sequence
+        energies = [inner(g, g) for g in gradients]
+        identity = gradients[-1]
+        steps: list[Tensor] = []
+        branches: dict[int, Tensor] = {}
+        identities = [inner(identity, identity)]
+        for step in reversed(range(len(graph.stream.steps))):
+            own = gradients[step]
+            pulled = graph.across(step, torch.stack([gradients[step + 1], identity]))
+            skip, identity = pulled.skip
+            rest = own - skip
+            for sublayer, at_write in pulled.writes.items():
+                branch = graph.through(sublayer, at_write[:1])[0]
+                rest = rest - branch
+                branches[sublayer] = torch.stack([inner(branch, own), inner(branch, branch), inner(branch, skip)])
+            normed = pulled.sum[0]
+            steps.insert(
+                0, torch.stack([inner(skip, own), inner(skip, skip), inner(normed, normed), inner(rest, rest)])
+            )
+            identities.insert(0, inner(identity, identity))
+        return {
+            "energy": torch.stack(energies),
+            "identity": torch.stack(identities),
+            "step": torch.stack(steps),
+            "branch": torch.stack([branches[s] for s in sorted(branches)]),
+        }
+
+    def result(self) -> GradientResult:
+        """Return the means over sequences and their intervals.
+
+        Raises:
+            MissingDataError: no sequence has a gradient.
+        """
+        (table, doc), stream = self.table(), self.source.stream
+        reads = [s.read for s in stream.sublayers]
+        later = {name: table[name][..., 1] for name in _SUMS}
+        whole = {name: table[name].sum(-1) for name in _SUMS}
+        rest = whole["step"][..., 3] / whole["energy"][:, :-1]
+        return GradientResult(
+            title=self.title("Gradient flow"),
+            objective=self.objective or "pooled_norm",
+            loss=interval_mean(table["loss"], doc),
+            sequences=len(doc),
+            documents=len(np.unique(doc)),
+            labels=stream.labels,
+            kinds=tuple(s.kind for s in stream.sublayers),
+            layers=tuple(s.layer for s in stream.sublayers),
+            steps=tuple(reads),
+            flow=_flow(later, doc, reads),
+            flow_all=_flow(whole, doc, reads),
+            closure=float(np.sqrt(rest.max())),
+        )
+
+
+def gradient_flow(
+    origin: Origin,
+    *,
+    stream: str | None = None,
+    model: Model | None = None,
+    sequences: int | None = SEQUENCES,
+    at_once: int = AT_ONCE,
+    progress: bool = True,
+    **corpus: Unpack[Corpus],
+) -> GradientResult:
+    """Split the gradient at every state into what came over the skip and what came through the branch.
+
+    With g_s the gradient of the objective at x_s, y_s = lambda_s x_s + w_s and x_{s+1} = P_s(y_s),
+
+        g_s = lambda_s J_P^T g_{s+1} [skip] + J_branch^T J_P^T g_{s+1} [branch]
+
+    which in a pre-norm model is dL/dx = dL/dy (1 + dF/dx); in a post-norm model the 1 holds at the sum, and the norm
+    that follows stands in front of both (He et al. 2016, arXiv 1603.05027; Xiong et al. 2020, arXiv 2002.04745). The
+    split is exact, and how exact is part of the result. A parallel layer has one skip and two branches. The scalar
+    that is differentiated is the mean cross-entropy of each sequence's targets (nats); where the model has no
+    vocabulary, or the tokens are not known, half the squared norm of the last state averaged over positions.
+
+    In an encoder-decoder, one stream is split: the gradient that leaves the encoder by the decoder's cross-attention
+    is that of the encoder's last state, and the branch of a cross-attention is what flows back to the decoder's own.
+
+    Args:
+        origin: a capture whose model is to be had, a model, or a source. The model itself is run.
+        stream: which stream; by default the one that the head reads.
+        model: for a capture: its model, where it is loaded already.
+        sequences: run so many windows (or documents kept whole), evenly spread over the text; None runs all.
+        at_once: how many sequences share a graph; memory grows with it, and nothing else does.
+        progress: show a progress bar.
+        **corpus: for a live model: what it is shown, as in `streamlens.capture`.
+
+    Raises:
+        MissingDataError: the capture's model or inputs are not to be had; or no sequence has a target.
+        AnatomyError: the forward pass records no gradients.
+
+    Example:
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        >>> found = gradient_flow(model, inputs=torch.randn(4, 5, 8), progress=False)
+        >>> shares = found.flow.skip_share + found.flow.branch_share
+        >>> found.objective, bool(np.allclose(shares[:, 0], 1, atol=1e-5))
+        ('pooled_norm', True)
+    """
+    source = source_of(origin, stream=stream, model=model, **corpus)
+    flow = GradientFlow(source, at_once, sequences)
+    run_through(flow, "gradient", progress)
+    return flow.result()
+
+
+def run_through(found: Sequences, label: str, progress: bool) -> None:
+    """Fold in the blocks of the source until there are as many sequences as were asked for."""
+    for block in watched(found.source, label, progress=progress):
+        if found.full:
+            break
+        found.update(block)
+
+
+def _sequences_first(values: Tensor) -> Floats:
+    """From (..., sequence, place) on any device to (sequence, ..., place) float64."""
+    array: Floats = values.double().cpu().numpy()
+    return np.moveaxis(array, -2, 0)
+
+
+def _flow(sums: dict[str, Floats], doc: NDArray[np.int64], reads: list[int]) -> Flow:
+    """Turn sums of each sequence into means over sequences. `reads` is the step of each sublayer."""
+    energy, identity, step, branch = (sums[name] for name in _SUMS)
+    skip = step[:, reads, 1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = {
+            "gradient_norm": np.sqrt(energy),
+            "relative_norm": np.sqrt(energy / energy[:, -1:]),
+            "identity_gain": np.sqrt(identity / energy[:, -1:]),
+            "skip_share": step[..., 0] / energy[:, :-1],
+            "norm_gain": np.sqrt(step[..., 2] / energy[:, 1:]),
+            "branch_share": branch[..., 0] / energy[:, reads],
+            "branch_to_skip": np.sqrt(branch[..., 1] / skip),
+            "cosine": branch[..., 2] / np.sqrt(branch[..., 1] * skip),
+        }
+    return Flow(**{name: interval_mean(values, doc) for name, values in found.items()})

@@ -1,0 +1,276 @@
+"""The logit lens: what the model would say if it stopped at each state of the residual stream.
+
+At every state x_k, the whole head of the model is applied: the final norm, recomputed on x_k, the unembedding, bias,
+scale and soft-cap (nostalgebraist 2020). What comes out is a distribution over the vocabulary; it is compared with the
+final one and with the token that came. What each write adds to the logits, with the final norm held fixed, is another
+question, which `write_lens` answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from streamlens.analyses.lens.grid import LensGrid
+from streamlens.analyses.lens.head import NEAREST, head_of
+from streamlens.analyses.lens.tally import LensOptions, LensTally, Summary
+from streamlens.analyses.result import Result
+from streamlens.analyses.source import Corpus, Origin, Source, source_of, watched
+from streamlens.calling import eager_math
+from streamlens.checkpoint.model import Model
+from streamlens.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from streamlens.analyses.lens.tuned import TunedLens
+
+DEFAULT_TOP_K = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class LensResult(Result):
+    """What the lens shows at each state: means over tokens but the first of each document, in nats where they are."""
+
+    title: str
+    head: str
+    """What the states were looked at through: the model's own head, or its word embeddings in place of one."""
+    head_error: float
+    """How far the head as it is applied here is from the model's own, relative to the largest logit, on a probe."""
+    states: NDArray[np.int64]
+    """(state,) index k of each x_k."""
+    labels: tuple[str, ...]
+    """(state,) ``x_0``, then what was written last."""
+    kinds: tuple[str, ...]
+    """(state,) ``embed``, then the kind of what was written last."""
+    metrics: Mapping[str, Summary]
+    """By name, each over (state,): ``kl`` of the final distribution from that of the lens, ``entropy`` of the lens,
+    ``cross_entropy`` to the target (all in nats), ``target_rank`` and ``top1_rank`` of the target and of the final
+    favourite (0 is the likeliest), ``top_probability``, ``overlap_K`` for each K, ``jsd`` if asked for."""
+    delta_log_probability: Summary
+    """(state - 1,) what each step adds to the log-probability of the target, nats; the sum over all steps is the
+    final log-probability minus the first one, exactly."""
+    depth: NDArray[np.int64]
+    """(state,) number of tokens whose likeliest token is the final one from this state on, and not before."""
+    depth_all_positions: NDArray[np.int64]
+    """(state,) the same, with the first token of each document."""
+    top_k: tuple[int, ...]
+    grid: LensGrid | None
+    """Token by token for a few positions of one document."""
+    precision: Mapping[str, float] | None
+    """Where products were made in another precision than the model's: how far ``kl``, ``entropy`` and
+    ``cross_entropy`` are off on a sample of tokens: ``kl_error_max``, ``kl_error_mean`` (nats), ``kl_error_share``."""
+    tokens: int
+    documents: int
+    tuned: str | None = None
+    """Kind of the translators that were applied, if any."""
+
+    @property
+    def kl(self) -> Summary:
+        """KL divergence of the final distribution from that of each state, nats."""
+        return self.metrics["kl"]
+
+    @property
+    def entropy(self) -> Summary:
+        """Entropy of the distribution at each state, nats."""
+        return self.metrics["entropy"]
+
+    @property
+    def cross_entropy(self) -> Summary:
+        """Cross-entropy of each state's distribution to the target, nats."""
+        return self.metrics["cross_entropy"]
+
+    @property
+    def mean_depth(self) -> float:
+        """Mean index of the state from which the likeliest token is the final one."""
+        return float((self.depth * self.states).sum() / max(1, self.depth.sum()))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each state."""
+        rows = []
+        share = self.depth / max(1, self.depth.sum())
+        for i, label in enumerate(self.labels):
+            row: dict[str, Any] = {"state": int(self.states[i]), "kind": self.kinds[i], "label": label}
+            for name, summary in self.metrics.items():
+                row |= summary.row(name, i)
+            for name, value in self.delta_log_probability.row("delta_log_probability", i - 1).items():
+                row[name] = value if i else float("nan")
+            rows.append({**row, "depth_share": float(share[i])})
+        return rows
+
+    def short_rows(self) -> list[dict[str, Any]]:
+        """Return the columns that fit a terminal."""
+        chosen = {
+            "kl": ("kl", "mean"), "entropy": ("entropy", "mean"), "cross_entropy": ("cross_entropy", "mean"),
+            "rank": ("target_rank", "median"), "top1": ("overlap_1", "mean"),
+        }  # fmt: skip
+        rows = []
+        for i, label in enumerate(self.labels):
+            row: dict[str, Any] = {"state": int(self.states[i]), "label": label}
+            for column, (name, which) in chosen.items():
+                if name in self.metrics:
+                    row[column] = float(getattr(self.metrics[name], which)[i])
+            row["delta_log_p"] = float(self.delta_log_probability.mean[i - 1]) if i else None
+            rows.append(row)
+        return rows
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the divergence from the final distribution along the stream; without `ax`, as one of four panels."""
+        from streamlens.analyses.lens.drawing import plot_four, plot_kl
+
+        return plot_four(self) if ax is None else plot_kl(self, ax)
+
+    def plot_grid(self, ax: Axes | None = None) -> Axes:
+        """Draw the likeliest token at each state and position of `grid`.
+
+        Raises:
+            UsageError: no grid was asked for.
+        """
+        if self.grid is None:
+            raise UsageError("no grid was kept: call logit_lens with grid=True, or grid_positions=range(16, 24)")
+        return self.grid.plot(ax)
+
+
+def logit_lens(
+    origin: Origin,
+    *,
+    stream: str | None = None,
+    model: Model | None = None,
+    progress: bool = True,
+    states: Sequence[int] | None = None,
+    top_k: Sequence[int] = DEFAULT_TOP_K,
+    dtype: str | torch.dtype | None = None,
+    jsd: bool = False,
+    chunk_tokens: int | None = None,
+    translators: TunedLens | str | Path | None = None,
+    grid: bool = True,
+    grid_doc: int | None = None,
+    grid_positions: Sequence[int] = range(10),
+    **corpus: Unpack[Corpus],
+) -> LensResult:
+    """Look at every state through the model's own head.
+
+    Args:
+        origin: a capture or its path, a model, module or its path.
+        stream: which stream; by default the one that the head reads.
+        model: for a capture: its model, where it is loaded already.
+        progress: whether to show a bar.
+        states: which states, 0 ... K; by default all. The last one is always among them.
+        top_k: sizes of the sets of likeliest tokens that are compared.
+        dtype: of the products with the unembedding, ``"bfloat16"`` for speed; sums are float32 all the same, and
+            the error is measured on a sample and reported in `LensResult.precision`. By default the model's own.
+        jsd: also the Jensen-Shannon divergence, which takes several more passes over the logits.
+        chunk_tokens: tokens whose logits are held at once; by default as many as fit 64 MB.
+        translators: a tuned lens (`train_lens`), or the path of one: applied to each state before the head.
+        grid: whether to keep the likeliest tokens at a few positions of one document.
+        grid_doc: which document; by default the first.
+        grid_positions: which positions of it.
+        **corpus: for a live model: what it is shown, as in `streamlens.capture`.
+
+    Returns:
+        The result; for a model without a head the "lens" is the inner product with its word embeddings, and `head`
+        and the title say so.
+
+    Raises:
+        UsageError: a state that is not there, an unknown dtype, translators of another model.
+        MissingDataError: neither a head nor word embeddings; or a capture lacks states, or its model is not here.
+
+    >>> from fixtures import zoo
+    >>> ids = torch.arange(24).reshape(2, 12)
+    >>> found = logit_lens(zoo.build("gpt2").module, tokens=ids, progress=False)
+    >>> found.kl.mean.shape, float(found.kl.mean[-1])
+    ((7,), 0.0)
+    >>> change = found.cross_entropy.mean[0] - found.cross_entropy.mean[-1]
+    >>> bool(abs(found.delta_log_probability.mean.sum() - change) < 1e-6)
+    True
+    """
+    source = source_of(origin, stream=stream, model=model, **corpus)
+    options = LensOptions(
+        states=_states(source, states),
+        top_k=tuple(sorted(set(top_k))),
+        dtype=precision_named(dtype),
+        jsd=jsd,
+        chunk_tokens=chunk_tokens,
+        grid_doc=grid_doc,
+        grid_positions=tuple(grid_positions) if grid else (),
+    )
+    tuned = _translators(source, translators)
+    tally: LensTally | None = None
+    with torch.no_grad(), eager_math():
+        for block in watched(source, "lens", progress=progress):
+            if tally is None:
+                tally = LensTally(source, head_of(source, block), options, tuned)
+            tally.update(block)
+    assert tally is not None, "a source has at least one block"
+    return lens_result(source, tally, tuned)
+
+
+def lens_result(source: Source, tally: LensTally, tuned: TunedLens | None = None) -> LensResult:
+    """Put the sums together.
+
+    Raises:
+        UsageError: the document of the grid is not among the tokens.
+    """
+    nearest = tally.head.description == NEAREST
+    name = "nearest-token lens (no head; word embeddings instead)" if nearest else "logit lens"
+    name = name if tuned is None else f"tuned lens ({tuned.kind}), {name}" if nearest else f"tuned lens ({tuned.kind})"
+    labels, indices = source.stream.state_labels, np.asarray(tally.options.states)
+    steps = source.stream.steps
+    kinds = ["+".join(dict.fromkeys(source.stream.sublayers[s].kind for s in step.sublayers)) for step in steps]
+    return LensResult(
+        title=f"{name}: {source.description}",
+        head=tally.head.description,
+        head_error=tally.head.error,
+        states=indices,
+        labels=tuple(labels[k] for k in indices),
+        kinds=tuple(["embed", *kinds][k] for k in indices),
+        metrics=tally.summaries(),
+        delta_log_probability=tally.delta(),
+        depth=tally.depth.copy(),
+        depth_all_positions=tally.depth_all.copy(),
+        top_k=tally.options.top_k,
+        grid=tally.grid(f"{name}: {source.description}"),
+        precision=tally.precision,
+        tokens=tally.tokens,
+        documents=tally.documents,
+        tuned=None if tuned is None else tuned.kind,
+    )
+
+
+def _states(source: Source, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    last = len(source.stream.steps)
+    chosen = range(last + 1) if wanted is None else wanted
+    for k in chosen:
+        if not -last - 1 <= k <= last:
+            raise UsageError(f"stream {source.stream.name!r} has states 0 to {last}, not {k}")
+    return tuple(sorted({range(last + 1)[k] for k in chosen} | {last}))
+
+
+def precision_named(given: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype that a user named; None stays None.
+
+    Raises:
+        UsageError: it is not a floating-point type.
+    """
+    if given is None or isinstance(given, torch.dtype):
+        return given
+    found = getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(given, given), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UsageError(f"products of logits cannot be made in {given}: choose float32, bfloat16 or float64")
+    return found
+
+
+def _translators(source: Source, given: TunedLens | str | Path | None) -> TunedLens | None:
+    if given is None:
+        return None
+    from streamlens.analyses.lens.tuned import TunedLens, load_lens
+
+    found = given if isinstance(given, TunedLens) else load_lens(given)
+    found.check(source)
+    return found

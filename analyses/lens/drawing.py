@@ -1,0 +1,232 @@
+"""Figures of the logit lens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib.patheffects as effects
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, ScalarFormatter, SymmetricalLogLocator
+from numpy.typing import NDArray
+
+from streamlens.analyses.figures import DIVERGING, PALETTE, SEQUENTIAL, axes, finish, interval, panels, style
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
+
+    from streamlens.analyses.lens.door import LensResult
+    from streamlens.analyses.lens.grid import LensGrid
+    from streamlens.analyses.lens.tally import Summary
+    from streamlens.analyses.lens.tuned import TunedLens
+    from streamlens.analyses.lens.writes import WriteLensResult
+    from streamlens.analyses.statistics import Floats
+
+STATE = "State (sublayers done)"
+FIRST, SECOND, THIRD = PALETTE["attn"], PALETTE["mlp"], PALETTE["mixer"]
+
+
+def plot_four(found: LensResult) -> Axes:
+    """Draw divergence, ranks, agreement and prediction depth; return the first panel."""
+    with style():
+        drawn = panels(2, 2, width=7.2, height=5.4)
+        plot_kl(found, drawn[0], title="")
+        plot_ranks(found, drawn[1])
+        plot_overlap(found, drawn[2])
+        plot_depth(found, drawn[3])
+        figure = drawn[0].get_figure()
+        assert isinstance(figure, Figure)
+        figure.suptitle(_wrapped(found.title, 95), x=0.01, ha="left", fontsize=9)
+    return drawn[0]
+
+
+def plot_kl(found: LensResult, ax: Axes | None = None, *, title: str | None = None) -> Axes:
+    """Draw KL and cross-entropy by state: means with their 95 % intervals."""
+    with style():
+        ax = axes(ax)
+        x = found.states
+        _line(ax, x, found.kl, FIRST, "KL(final || lens)")
+        if np.isfinite(found.cross_entropy.mean).any():
+            _line(ax, x, found.cross_entropy, SECOND, "cross-entropy to the target")
+        _line(ax, x, found.entropy, THIRD, "entropy of the lens")
+        ax.set_ylim(bottom=0)
+        _spread_out(ax, found.kl.mean)
+        _integers(ax)
+        return finish(ax, x=STATE, y="nats", title=found.title if title is None else title)
+
+
+def plot_ranks(found: LensResult, ax: Axes | None = None) -> Axes:
+    """Draw the median rank of the target and of the final favourite, with quartiles, counted from 1."""
+    with style():
+        ax = axes(ax)
+        for name, colour, label in (
+            ("target_rank", SECOND, "target"),
+            ("top1_rank", FIRST, "final favourite"),
+        ):
+            summary = found.metrics[name]
+            if summary.median is None or not np.isfinite(summary.median).any():
+                continue
+            ax.plot(found.states, summary.median + 1, color=colour, label=label)
+            assert summary.lower_quartile is not None, "kept with the median"
+            assert summary.upper_quartile is not None, "kept with the median"
+            interval(ax, list(found.states), list(summary.lower_quartile + 1), list(summary.upper_quartile + 1), colour)
+        ax.set_yscale("log")
+        _integers(ax)
+        return finish(ax, x=STATE, y="Rank (median, quartiles)")
+
+
+def plot_overlap(found: LensResult, ax: Axes | None = None) -> Axes:
+    """Draw which share of the final likeliest tokens the lens has, for each k."""
+    with style():
+        ax = axes(ax)
+        for k, colour in zip(found.top_k, (FIRST, SECOND, THIRD, *PALETTE.values()), strict=False):
+            _line(ax, found.states, found.metrics[f"overlap_{k}"], colour, f"top {k}")
+        ax.set_ylim(0, 1.02)
+        _integers(ax)
+        return finish(ax, x=STATE, y="Share of the final top k")
+
+
+def plot_depth(found: LensResult, ax: Axes | None = None) -> Axes:
+    """Draw how many tokens have their final favourite from which state on."""
+    with style():
+        ax = axes(ax)
+        ax.bar(found.states, found.depth / max(1, found.depth.sum()), width=0.9, color=FIRST, linewidth=0)
+        ax.axvline(found.mean_depth, color=PALETTE["block"], linewidth=0.8, linestyle="--", label="mean")
+        _integers(ax)
+        return finish(ax, x="Prediction depth (state)", y="Share of tokens")
+
+
+def plot_delta(found: LensResult, ax: Axes | None = None) -> Axes:
+    """Draw what each step adds to the log-probability of the target, with its interval."""
+    with style():
+        ax = axes(ax)
+        gained = found.delta_log_probability
+        spread = np.stack([gained.mean - gained.low, gained.high - gained.mean]).clip(0)
+        colours = [PALETTE.get(kind.split("+")[0], PALETTE["other"]) for kind in found.kinds[1:]]
+        ax.bar(found.states[1:], gained.mean, yerr=spread, color=colours, width=0.8, error_kw={"elinewidth": 0.7})
+        for kind in dict.fromkeys(found.kinds[1:]):
+            ax.bar([found.states[1]], [0], color=PALETTE.get(kind.split("+")[0], PALETTE["other"]), label=kind)
+        ax.axhline(0, color=PALETTE["block"], linewidth=0.6)
+        _spread_out(ax, gained.mean)
+        _integers(ax)
+        return finish(ax, x=STATE, y="Gain in log p(target) (nats)", title=found.title)
+
+
+def plot_tuned(found: TunedLens, ax: Axes | None = None) -> Axes:
+    """Draw the divergence on held-out documents with and without translators."""
+    with style():
+        ax = axes(ax)
+        x = np.arange(len(found.labels))
+        for values, colour, label in (
+            (found.kl_logit_lens, PALETTE["norm"], "logit lens"),
+            (found.kl, FIRST, f"tuned lens ({found.kind})"),
+        ):
+            ax.plot(x, values[:, 0], color=colour, label=label)
+            interval(ax, list(x), list(values[:, 1]), list(values[:, 2]), colour)
+        ax.set_ylim(bottom=0)
+        _spread_out(ax, found.kl_logit_lens[:, 0])
+        _integers(ax)
+        return finish(ax, x=STATE, y="KL(final || lens), held out (nats)", title=found.title)
+
+
+def plot_table(found: LensGrid, ax: Axes | None = None) -> Axes:
+    """Draw the likeliest token of each state and position on its probability; a frame marks the token that came."""
+    states, positions = found.top.shape
+    with style():
+        ax = axes(ax, width=1.6 + 0.62 * positions, height=1.3 + 0.17 * states)
+        image = ax.imshow(
+            found.probability, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto", origin="lower", interpolation="nearest"
+        )
+        words = found.words()
+        for i in range(states):
+            for j in range(positions):
+                _word(ax, j, i, words[i][j], dark=bool(found.probability[i, j] < 0.6))
+                if found.targets[j] >= 0 and found.top[i, j] == found.targets[j]:
+                    ax.add_patch(
+                        Rectangle((j - 0.49, i - 0.46), 0.98, 0.92, fill=False, edgecolor="#D55E00", linewidth=1.0)
+                    )
+        _table_ticks(ax, found.read(), found.labels)
+        _bar(ax, image, "Probability of the likeliest token")
+        finish(ax, x="Token read", y="State after")
+        ax.set_title(_wrapped(found.title, int(14 * (1.6 + 0.62 * positions))))
+        return ax
+
+
+def plot_writes(found: WriteLensResult, ax: Axes | None = None) -> Axes:
+    """Draw what each part adds to the target's logit; the text is the token that the part promotes most."""
+    parts, positions = found.target_logit.shape
+    with style():
+        ax = axes(ax, width=1.8 + 0.62 * positions, height=1.3 + 0.17 * parts)
+        largest = float(np.nanmax(np.abs(found.target_logit), initial=1e-9, where=np.isfinite(found.target_logit)))
+        image = ax.imshow(
+            found.target_logit, cmap=DIVERGING, vmin=-largest, vmax=largest, aspect="auto", origin="lower",
+            interpolation="nearest",
+        )  # fmt: skip
+        words = found.words()
+        for i in range(parts):
+            for j in range(positions):
+                strength = abs(found.target_logit[i, j]) / largest
+                _word(ax, j, i, words[i][j], dark=bool(strength > 0.6))
+        _table_ticks(ax, found.read(), found.labels)
+        _bar(ax, image, "Centred logit of the target")
+        finish(ax, x="Token read", y="Part of the last state")
+        ax.set_title(_wrapped(found.title, int(14 * (1.8 + 0.62 * positions))))
+        return ax
+
+
+def _table_ticks(ax: Axes, read: Sequence[str], labels: Sequence[str]) -> None:
+    texts = [_drawable(text) for text in read]
+    ax.set_xticks(range(len(texts)), texts, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    every = range(0, len(labels), max(1, -(-len(labels) // 64)))
+    ax.set_yticks(list(every), [labels[i].replace("_out", "") for i in every], fontsize=6)
+    ax.tick_params(length=0)
+
+
+def _bar(ax: Axes, image: AxesImage, label: str) -> None:
+    figure = ax.get_figure()
+    assert figure is not None, "axes without a figure"
+    figure.colorbar(image, ax=ax, label=label, fraction=0.05, pad=0.02, aspect=40)
+
+
+def _word(ax: Axes, x: int, y: int, text: str, *, dark: bool) -> None:
+    drawn = ax.text(
+        x, y, _drawable(text), ha="center", va="center", fontsize=5.5, color="white" if dark else "black",
+        parse_math=False, clip_on=True,
+    )  # fmt: skip
+    drawn.set_path_effects([effects.withStroke(linewidth=0.6, foreground="#222222" if dark else "#ffffff")])
+
+
+def _drawable(text: str) -> str:
+    """Put a box for each character that the font does not have."""
+    from matplotlib.font_manager import findfont, get_font
+
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    return "".join(c if ord(c) in known else "\u25a1" for c in text)
+
+
+def _line(ax: Axes, x: NDArray[np.int64], summary: Summary, colour: str, label: str) -> None:
+    ax.plot(x, summary.mean, color=colour, label=label)
+    interval(ax, list(x), list(summary.low), list(summary.high), colour)
+
+
+def _spread_out(ax: Axes, values: Floats) -> None:
+    """Use an axis that is linear up to 1 and logarithmic beyond, where a few values would flatten all others."""
+    size = np.abs(values[np.isfinite(values)])
+    if len(size) and size.max() > max(20.0, 5 * float(np.median(size))):
+        ax.set_yscale("symlog", linthresh=1)
+        ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=[1, 2, 5]))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+
+
+def _integers(ax: Axes) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _wrapped(text: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width))
