@@ -30,11 +30,12 @@ class OriginOptions:
     stream: str | None
     model_file: Path | None
 
-    def open(self, *, heads: bool = False) -> Source:
+    def open(self, *, heads: bool = False, takes_dtype: bool = False) -> Source:
         """Open what SOURCE names: a capture, a model, or nothing, which is the newest capture in this folder.
 
         Args:
             heads: for a live model: also look at what enters each attention's output projection.
+            takes_dtype: whether --dtype means something for a capture, too.
 
         Raises:
             UsageError: nothing is named and there is no capture here.
@@ -45,15 +46,16 @@ class OriginOptions:
         if named is None and self.model.factory is None:
             found = newest_capture(Path())
             print_notes([f"no SOURCE was given: {found.name}, the newest capture here"])
-            return self._capture(found)
+            return self._capture(found, takes_dtype)
         if named is not None and is_capture(Path(named)):
-            return self._capture(Path(named))
+            return self._capture(Path(named), takes_dtype)
         return self._live(heads)
 
-    def _capture(self, path: Path) -> Source:
+    def _capture(self, path: Path, takes_dtype: bool) -> Source:
         from streamlens.analyses.source import source_of
+        from streamlens.reader.opening import open_capture
 
-        corpus = self.corpus
+        capture, corpus = open_capture(path), self.corpus
         given = {
             "--text": corpus.text,
             "--jsonl": corpus.jsonl,
@@ -61,15 +63,15 @@ class OriginOptions:
             "--window": corpus.window,
             "--ragged": corpus.ragged,
             "--max-tokens": corpus.max_tokens,
-            "--dtype": self.model.dtype,
+            "--dtype": None if takes_dtype else self.model.dtype,
         }
         if named := [option for option, value in given.items() if value]:
             raise UsageError(f"{path} has its own tokens and dtype: {', '.join(named)} can only be given with a model")
         own = None
         if self.model_file is not None or self.model.factory is not None:
             source = None if self.model_file is None else str(self.model_file)
-            own = replace(self.model, source=source).load()
-        return source_of(path, stream=self.stream, model=own)
+            own = replace(self.model, source=source, dtype=str(capture.attrs["dtype"])).load()
+        return source_of(capture, stream=self.stream, model=own)
 
     def _live(self, heads: bool) -> Source:
         from streamlens.analyses.source import LiveSource

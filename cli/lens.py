@@ -9,6 +9,7 @@ import click
 
 from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
 from streamlens.cli.capture import Numbers
+from streamlens.cli.options import Dtype
 from streamlens.cli.output import human, print_notes
 from streamlens.errors import UsageError
 
@@ -30,7 +31,7 @@ _FIRST = tuple(range(10))
 @click.option("--jsd", is_flag=True, help="Also the Jensen-Shannon divergence: several more passes.")
 @click.option(
     "--products",
-    type=click.Choice(["float32", "bfloat16"]),
+    type=Dtype(["float32", "bfloat16"]),
     help="Precision of the products with the unembedding; the error is measured. [default: the model's own]",
 )
 @click.option("--tuned", type=click.Path(path_type=Path), help="Apply this tuned lens (made with --train).")
@@ -57,6 +58,7 @@ def command(
     Example:
       streamlens lens                          # the newest capture here
       streamlens lens model.h5 --plot lens.pdf
+      streamlens lens model.h5 --dtype bf16
       streamlens lens model.h5 --grid --at 16-21
       streamlens lens model.pt --train ridge --save lens.pt
       streamlens lens model.h5 --tuned lens.pt
@@ -65,7 +67,8 @@ def command(
         raise UsageError("--save names the .pt file that --train writes: give both, such as --train ridge --save l.pt")
     if train is not None and (writes or options["grid"] or options["tuned"] is not None):
         raise UsageError("--train does not go with --grid, --writes or --tuned: train first, then look with --tuned")
-    source = origin.open()
+    source = origin.open(takes_dtype=True)
+    products = products or origin.model.dtype  # a capture is not cast, but what is computed from it can be
     if train is not None:
         _train(source, show, kind=train, steps=steps, dtype=products, save=save)
     elif writes:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
@@ -99,6 +99,16 @@ class CorpusOptions:
         )
 
 
+class Dtype(click.Choice[str]):
+    """A dtype by its name, or by the short one that people type: bf16, fp16, fp32."""
+
+    _SHORT: ClassVar = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the full name."""
+        return super().convert(self._SHORT.get(value, value), param, ctx)
+
+
 def _bundled(name: str, bundle: type[Any], *parameters: _Decorator) -> Callable[[Command], Command]:
     """A decorator that adds click parameters to a command and passes their values as one `bundle` called `name`."""
 
@@ -127,7 +137,7 @@ def model_options(command: Command) -> Command:
         click.option("--unsafe-pickle", is_flag=True, help="Unpickle a whole module: this runs code from the file."),
         click.option(
             "--dtype",
-            type=click.Choice(["float32", "bfloat16", "float16"]),
+            type=Dtype(["float32", "bfloat16", "float16"]),
             help="Convert the weights. [default: keep]",
         ),
         click.option(
