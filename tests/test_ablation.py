@@ -372,12 +372,16 @@ def test_the_interval_is_over_documents_and_paired() -> None:
 
 
 def test_windows_of_one_document_are_joined_where_there_are_documents_enough() -> None:
-    ids = [torch.arange(5, 5 + 22) for _ in range(10)]
+    ids = [torch.randint(5, 97, (22,), generator=torch.Generator().manual_seed(doc)) for doc in range(10)]
     result = ablate(case("nanogpt").module, [1], tokens=ids, window=11, progress=False)
     assert result.scores.unit == "document"
     sums, counts = result.scores.columns("delta_loss")
     assert sums.shape == (1, 10)
     assert counts.tolist() == [18.0] * 10  # of eleven positions the first is left out and the last has no target
+    windows = result.scores.sums["delta_loss"][0, 0].reshape(10, 2)
+    # Other sums for every window, so that one in the wrong document is noticed.
+    assert len(set(windows.flatten().round(6))) == 20
+    np.testing.assert_allclose(sums[0], windows.sum(1), rtol=1e-12)
     fewer = ablate(case("nanogpt").module, [1], tokens=ids[:9], window=11, progress=False)
     assert fewer.scores.unit == "window"
     assert fewer.scores.columns("delta_loss")[0].shape == (1, 18)
