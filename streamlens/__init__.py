@@ -18,6 +18,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from streamlens.analyses.ablation.blocks import ablate_blocks as ablate_blocks
+    from streamlens.analyses.ablation.greedy import drop_greedily as drop_greedily
+    from streamlens.analyses.ablation.orders import swap_neighbours as swap_neighbours
+    from streamlens.analyses.ablation.pairs import ablate_pairs as ablate_pairs
+    from streamlens.analyses.ablation.repair import effects as effects
     from streamlens.analyses.ablation.sweep import ablate as ablate
     from streamlens.analyses.gradient.answer import GradientResult as GradientResult
     from streamlens.analyses.gradient.door import gradient_flow as gradient_flow
@@ -56,6 +61,11 @@ _HOMES = {
     "Model": ("streamlens.checkpoint.model", "Model"),
     "contribution_norms": ("streamlens.analyses.norms.door", "contribution_norms"),
     "ablate": ("streamlens.analyses.ablation.sweep", "ablate"),
+    "swap_neighbours": ("streamlens.analyses.ablation.orders", "swap_neighbours"),
+    "effects": ("streamlens.analyses.ablation.repair", "effects"),
+    "drop_greedily": ("streamlens.analyses.ablation.greedy", "drop_greedily"),
+    "ablate_pairs": ("streamlens.analyses.ablation.pairs", "ablate_pairs"),
+    "ablate_blocks": ("streamlens.analyses.ablation.blocks", "ablate_blocks"),
     "capture": ("streamlens.recorder.capturing", "capture"),
     "discover": ("streamlens.discovery.streams", "discover"),
     "edit": ("streamlens.edits", "edit"),
@@ -97,10 +107,14 @@ __all__ = [
     "TunedLens",
     "WriteLensResult",
     "ablate",
+    "ablate_blocks",
+    "ablate_pairs",
     "capture",
     "contribution_norms",
     "discover",
+    "drop_greedily",
     "edit",
+    "effects",
     "gradient_flow",
     "load",
     "load_lens",
@@ -113,6 +127,7 @@ __all__ = [
     "position_probes",
     "positional_persistence",
     "run_from",
+    "swap_neighbours",
     "train_lens",
     "verify",
     "write_lens",
