@@ -18,11 +18,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from streamlens.analyses.ablation.blocks import BlocksResult as BlocksResult
     from streamlens.analyses.ablation.blocks import ablate_blocks as ablate_blocks
+    from streamlens.analyses.ablation.greedy import GreedyResult as GreedyResult
     from streamlens.analyses.ablation.greedy import drop_greedily as drop_greedily
+    from streamlens.analyses.ablation.orders import SwapResult as SwapResult
     from streamlens.analyses.ablation.orders import swap_neighbours as swap_neighbours
+    from streamlens.analyses.ablation.pairs import PairsResult as PairsResult
     from streamlens.analyses.ablation.pairs import ablate_pairs as ablate_pairs
+    from streamlens.analyses.ablation.repair import EffectsResult as EffectsResult
     from streamlens.analyses.ablation.repair import effects as effects
+    from streamlens.analyses.ablation.sweep import AblationResult as AblationResult
     from streamlens.analyses.ablation.sweep import ablate as ablate
     from streamlens.analyses.gradient.answer import GradientResult as GradientResult
     from streamlens.analyses.gradient.door import gradient_flow as gradient_flow
@@ -60,6 +66,12 @@ _HOMES = {
     "Capture": ("streamlens.reader.opening", "Capture"),
     "Model": ("streamlens.checkpoint.model", "Model"),
     "contribution_norms": ("streamlens.analyses.norms.door", "contribution_norms"),
+    "AblationResult": ("streamlens.analyses.ablation.sweep", "AblationResult"),
+    "BlocksResult": ("streamlens.analyses.ablation.blocks", "BlocksResult"),
+    "EffectsResult": ("streamlens.analyses.ablation.repair", "EffectsResult"),
+    "GreedyResult": ("streamlens.analyses.ablation.greedy", "GreedyResult"),
+    "PairsResult": ("streamlens.analyses.ablation.pairs", "PairsResult"),
+    "SwapResult": ("streamlens.analyses.ablation.orders", "SwapResult"),
     "ablate": ("streamlens.analyses.ablation.sweep", "ablate"),
     "swap_neighbours": ("streamlens.analyses.ablation.orders", "swap_neighbours"),
     "effects": ("streamlens.analyses.ablation.repair", "effects"),
@@ -95,15 +107,21 @@ _HOMES = {
 }
 
 __all__ = [
+    "AblationResult",
     "Anatomy",
+    "BlocksResult",
     "Capture",
+    "EffectsResult",
     "GradientResult",
+    "GreedyResult",
     "LensResult",
     "LesionResult",
     "Model",
+    "PairsResult",
     "PositionResult",
     "ProbeResult",
     "SpectrumResult",
+    "SwapResult",
     "TunedLens",
     "WriteLensResult",
     "ablate",
