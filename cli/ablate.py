@@ -74,7 +74,7 @@ def command(
 
     \b
     Example:
-      streamlens capture model.pt && streamlens ablate --drop-layer 7
+      streamlens ablate --drop-layer 7             # the newest capture here
       streamlens ablate --plot sweep.png
       streamlens ablate model.h5 --drop 3.attn --drop 4.attn --mode mean --json
       streamlens ablate model.h5 --pairs --plot pairs.pdf

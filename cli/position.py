@@ -52,7 +52,7 @@ def command(
 
     \b
     Example:
-      streamlens capture model.pt && streamlens position --plot position.png
+      streamlens position --plot position.png      # the newest capture here
       streamlens position model.h5 --probes
       streamlens position model.h5 --lesion --at 3_attn_out
     """  # noqa: D301 - click reads the \b

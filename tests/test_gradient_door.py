@@ -90,7 +90,8 @@ def test_how_the_text_is_cut_into_blocks_changes_nothing_and_windows_of_one_docu
     np.testing.assert_allclose(flows[0].flow.skip_share, flows[1].flow.skip_share, rtol=1e-9)
     alone = gradient_flow(found.module, tokens=[ids[:48]], window=8, progress=False)
     assert (alone.sequences, alone.documents) == (6, 1)
-    assert alone.loss[0] == alone.loss[1] == alone.loss[2]  # one document says nothing about others
+    assert np.isfinite(alone.loss[0])
+    assert np.isnan(alone.loss[1:]).all()  # one document says nothing about others
 
 
 @pytest.mark.parametrize(

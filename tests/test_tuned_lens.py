@@ -211,7 +211,7 @@ class TestFiles:
             if isinstance(value, Tensor):
                 assert torch.equal(value, other)
             else:
-                assert np.array_equal(value, other)
+                np.testing.assert_equal(value, other)
         live = logit_lens(source(), translators=lens, progress=False)
         filed = logit_lens(source(), translators=tmp_path / "lens.pt", progress=False)
         np.testing.assert_array_equal(live.kl.mean, filed.kl.mean)

@@ -27,14 +27,14 @@ OBJECTIVES: dict[Objective, str] = {
 def interval_mean(values: Floats, doc: NDArray[np.int64]) -> Floats:
     """Return the mean over sequences with its 95 % interval over documents, (*series, 3): mean, low, high.
 
-    Documents are resampled whole, because the windows of one depend on each other.
+    Documents are resampled whole, because the windows of one depend on each other; a single one has no interval.
 
     Args:
         values: (sequence, *series); what is not finite leaves that sequence out of that series.
         doc: (sequence,) number of the document that each comes from.
 
     >>> interval_mean(np.array([[1.0, 5.0], [3.0, np.nan]]), np.array([0, 0])).tolist()
-    [[2.0, 2.0, 2.0], [5.0, 5.0, 5.0]]
+    [[2.0, nan, nan], [5.0, nan, nan]]
     """
     sums = DocumentSums(*values.shape[1:])
     one_each = torch.from_numpy(np.moveaxis(np.where(np.isfinite(values), values, np.nan), 0, -1))
