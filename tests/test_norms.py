@@ -201,6 +201,14 @@ def test_heads_and_the_bias_of_their_projection_share_what_their_attention_has(n
             assert heads + bias == pytest.approx(shares[summand.label], abs=1e-6)
 
 
+def test_a_capture_without_value_mixes_says_how_to_get_them(tmp_path: Path) -> None:
+    found = case("gpt2")
+    model = wrap(found.module, "gpt2", {})
+    capture = sl.capture(model, tokens=torch.arange(40).reshape(4, 10), out=tmp_path / "a.h5", progress=False)
+    with capture, pytest.raises(MissingDataError, match="capture again with --heads"):
+        sl.contribution_norms(capture, model=model, heads=True, progress=False)
+
+
 def test_a_layer_is_all_its_writes_together() -> None:
     source = source_for(case("gpt2"))
     (block,) = source.blocks()

@@ -22,6 +22,7 @@ from streamlens.analyses.statistics import Moments, Quantiles
 from streamlens.analyses.transport import BIAS, pulled_back, skip_factors
 from streamlens.analyses.unembedding import Unembedding
 from streamlens.block import Block
+from streamlens.errors import MissingDataError
 
 _OUTLIER = 10.0
 _dot = torch.linalg.vecdot
@@ -226,6 +227,11 @@ class _Walk:
         return write
 
     def _heads(self, s: int, state: Tensor) -> None:
+        if s not in self.block.mixes:
+            raise MissingDataError(
+                f"there is no value mix of {self.stream.sublayers[s].label} here, from which the writes of its heads come: "
+                f"capture again with --heads, or measure the live model"
+            )
         written = self.norms._projections[s].heads(self.block.mixes[s])
         read = _dot(state, state)
         for head in range(written.shape[1]):

@@ -20,7 +20,6 @@ from streamlens.analyses.position.geometry import debiased_cka, stable_rank, sub
 from streamlens.analyses.position.sums import PositionSums, null_band, relative_norm, split, sums_of
 from streamlens.analyses.result import Result
 from streamlens.analyses.source import Corpus, Origin, source_of, watched
-from streamlens.anatomy import Stream
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
 
@@ -243,7 +242,7 @@ def result_of(sums: PositionSums, description: str) -> PositionResult:
 
     return PositionResult(
         title=f"Positional persistence: {description}",
-        states=state_labels(sums.stream),
+        states=sums.stream.state_labels,
         terms=tuple(label for label, _ in sums.term_names),
         kinds=tuple(kind for _, kind in sums.term_names),
         documents=sums.docs,
@@ -267,12 +266,6 @@ def result_of(sums: PositionSums, description: str) -> PositionResult:
         origin=_origins(sums, parts),
         position_vectors=np.stack([parts[k].float().cpu().numpy() for k in sums.states]),
     )
-
-
-def state_labels(stream: Stream) -> tuple[str, ...]:
-    """Return (state,) x_0, then the labels of the sublayers whose writes made the state."""
-    made = (" + ".join(stream.sublayers[s].label for s in step.sublayers) for step in stream.steps)
-    return ("x_0", *made)
 
 
 def _positional(sums: PositionSums, table: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from streamlens.analyses.ablation.runs import Setting
 from streamlens.analyses.ablation.scores import Scores
 from streamlens.analyses.ablation.trials import Ablation, explained
-from streamlens.analyses.position.door import state_labels
 from streamlens.analyses.position.geometry import control_subspace, top_span
 from streamlens.analyses.position.sample import Halves, fit_ridge
 from streamlens.analyses.position.sums import (
@@ -227,7 +226,7 @@ def _steps(stream: Stream, skips: Sequence[str] | None) -> list[int]:
 
 def _lesions(stream: Stream, base: PositionSums, sample: Tokens, alphas: Sequence[float], seed: int) -> list[Lesion]:
     found: list[Lesion] = []
-    labels = state_labels(stream)
+    labels = stream.state_labels
     generator = torch.Generator().manual_seed(seed)
     for step in sample.steps:
         label = labels[step + 1]
@@ -259,7 +258,7 @@ def _result(theatre: Theatre, scores: Scores, seed: int) -> LesionResult:
     return LesionResult(
         title=f"Lesions of the skip: {theatre.source.description}",
         lesions=tuple(theatre.lesions),
-        states=state_labels(theatre.source.stream),
+        states=theatre.source.stream.state_labels,
         dimensions=np.array([0 if x.basis is None else x.basis.shape[1] for x in theatre.lesions], np.int64),
         energy_removed=theatre.energy[:, 0] / theatre.energy[:, 1] / np.array(around),
         baseline=np.array([splits[k].share for k in splits]),

@@ -19,7 +19,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from streamlens.analyses.position.door import state_labels
 from streamlens.analyses.position.sample import Halves, Ints, Sample, fit_ridge
 from streamlens.analyses.position.sums import MOST_POSITIONS, first_length
 from streamlens.analyses.result import Result
@@ -234,7 +233,7 @@ def _probed(
         found["accuracy"].append(float(_classified(table, classes[0], halves).mean()))
         by_heart = _classified(table, classes[1], halves)[known] if known.any() else np.array([np.nan])
         found["accuracy_control"].append(float(by_heart.mean()))
-    names = state_labels(source.stream)
+    names = source.stream.state_labels
     return ProbeResult(
         title=f"Position read off by linear probes: {source.description}",
         states=tuple(names[k] for k in features),
