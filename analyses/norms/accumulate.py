@@ -229,7 +229,7 @@ class _Walk:
     def _heads(self, s: int, state: Tensor) -> None:
         if s not in self.block.mixes:
             raise MissingDataError(
-                f"there is no value mix of {self.stream.sublayers[s].label} here, from which the writes of its heads come: "
+                f"the writes of the heads of {self.stream.sublayers[s].label} come from its value mix, which is not here: "
                 f"capture again with --heads, or measure the live model"
             )
         written = self.norms._projections[s].heads(self.block.mixes[s])
