@@ -228,9 +228,10 @@ class _Walk:
 
     def _heads(self, s: int, state: Tensor) -> None:
         if s not in self.block.mixes:
+            label = self.stream.sublayers[s].label
             raise MissingDataError(
-                f"the writes of the heads of {self.stream.sublayers[s].label} come from its value mix, which is not here: "
-                f"capture again with --heads, or measure the live model"
+                f"the writes of the heads of {label} come from its value mix, which is not here: capture again with "
+                f"--heads, or measure the live model"
             )
         written = self.norms._projections[s].heads(self.block.mixes[s])
         read = _dot(state, state)
