@@ -33,7 +33,7 @@ from streamlens.recorder import capturing
 from streamlens.recorder.plan import Choice
 
 _CHUNK = 1 << 22
-_LENS_TOKENS, _SWEEP_TOKENS = 512, 512
+_LENS_TOKENS, _SWEEP_TOKENS = 1024, 512
 
 
 @dataclass
@@ -113,10 +113,12 @@ def races(folder: Path, tokens: int) -> list[Race]:
     capturing.run(setting.model, plan, file, progress=False).close()
     short = folder / "short.h5"
     sl.capture(setting.model, max_tokens=_SWEEP_TOKENS, out=short, progress=False, output=False).close()
+    looked = folder / "lens.h5"
+    sl.capture(setting.model, max_tokens=_LENS_TOKENS, out=looked, progress=False, output=False).close()
     weight = setting.module.lm_head.weight.detach()
-    with sl.open(short) as capture:
+    with sl.open(looked) as capture:
         state, states = capture.final.clone(), len(capture.stream().anatomy.steps) + 1
-    lens = partial(sl.logit_lens, short, model=setting.model, progress=False, grid=False)
+    lens = partial(sl.logit_lens, looked, model=setting.model, progress=False, grid=False)
     products = partial(bare_products, state, weight, states, 128)
     sweep = partial(sl.ablate, short, units="layers", model=setting.model, progress=False)
     rough = partial(lens, dtype="bfloat16")

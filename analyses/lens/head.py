@@ -59,6 +59,10 @@ class Head(Protocol):
     def device(self) -> torch.device:
         """Where the products are made."""
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the products, where it is known."""
+
     def begin(self, block: Block) -> None:
         """Prepare for the tokens of a block."""
 
@@ -70,6 +74,12 @@ class Head(Protocol):
 
     def finish(self, rows: Tensor) -> None:
         """Turn raw logits (token, vocab) into logits, in place."""
+
+    def expectation(self, probability: Tensor) -> Tensor | None:
+        """Return for distributions (token, vocab) the vectors (token, width) whose product with h is the mean logit.
+
+        None where logits are more than a product with h.
+        """
 
     def logits(self, states: Tensor) -> Tensor:
         """Return (token, vocab) logits of states (token, d_model); gradients flow through it."""
@@ -100,6 +110,11 @@ class LinearHead:
         """Where the products are made."""
         return self.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return self.weight.dtype
+
     def to(self, dtype: torch.dtype) -> LinearHead:
         """Return the same head with its large product in another dtype; the prelude stays as it is."""
         return replace(self, weight=self.weight.to(dtype))
@@ -122,6 +137,10 @@ class LinearHead:
         if not self.bounded:
             rows.clamp_(min=-1e4)  # as good as minus infinity, and 0 * -1e4 is 0 where 0 * -inf is NaN
 
+    def expectation(self, probability: Tensor) -> Tensor | None:
+        """Return the mean rows of the unembedding under distributions (token, vocab): (token, width)."""
+        return None if self.after or not self.bounded else torch.mm(probability.to(self.weight.dtype), self.weight)
+
     def logits(self, states: Tensor) -> Tensor:
         """Return (token, vocab) logits."""
         found = torch.mm(self.hidden(states).to(self.weight.dtype), self.weight.t())
@@ -139,6 +158,7 @@ class WholeHead:
     description: str = OWN + ", run whole for each state"
     error: float = 0.0
     whole_blocks = True
+    dtype = None
     _inputs: Inputs | None = None
     _shape: tuple[int, int] = (0, 0)
 
@@ -161,6 +181,9 @@ class WholeHead:
 
     def finish(self, rows: Tensor) -> None:
         """Nothing: they are logits already."""
+
+    def expectation(self, probability: Tensor) -> None:
+        """Nothing: the logits are not told apart from what makes them."""
 
     def logits(self, states: Tensor) -> Tensor:
         """Return (token, vocab) logits of all tokens of the block that was begun."""

@@ -6,11 +6,14 @@ are never written down: with m the largest logit of a row, z' = z - m and Z = su
 
     KL(p||q) = sum p (z'_p - z'_q) - log Z_p + log Z_q    H(q) = log Z_q - sum exp(z'_q) z'_q / Z_q
     log q(t) = z'_q(t) - log Z_q                          rank(t) = #{v: z'_q(v) > z'_q(t)}
+
+Where logits are the product h W^T and nothing else, sum p z_q = h (p W), and p W is the same for all states.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +25,7 @@ from streamlens.analyses.lens.head import Head
 METRICS = ("kl", "entropy", "cross_entropy", "target_rank", "top1_rank", "top_probability")
 """What is measured of each token beside the overlaps; the last is the probability of the likeliest token."""
 
-CACHE_BYTES = 3 << 19
+CACHE_BYTES = 3 << 20
 """Size of the rows that are worked on at once: about what one core keeps close."""
 
 _GROUP = 128
@@ -42,8 +45,17 @@ class Measured:
     """(token,) Jensen-Shannon divergence, if asked for."""
 
 
+class _Desk(threading.local):
+    """The buffers that one thread writes to; each thread that comes gets its own."""
+
+    def __init__(self, chunk: int, rows: int, vocab: int, narrow: torch.dtype, wide: torch.dtype, device: torch.device):
+        self.raw = torch.empty(chunk, vocab, dtype=narrow, device=device)
+        self.scratch = torch.empty(rows, vocab, dtype=wide, device=device)
+        self.widened = torch.empty(rows, vocab, dtype=wide, device=device) if narrow != wide else None
+
+
 class Workspace:
-    """Buffers for one size of chunk, used again and again.
+    """Buffers for one size of chunk, used again and again, by several threads at once.
 
     Args:
         head: what makes the logits.
@@ -55,20 +67,18 @@ class Workspace:
 
     def __init__(self, head: Head, chunk: int, ks: Sequence[int], wide: torch.dtype, jsd: bool = False) -> None:
         self.head, self.chunk, self.ks, self.wide, self.jsd = head, chunk, tuple(ks), wide, jsd
-        narrow = getattr(head, "weight", torch.empty(0, dtype=wide)).dtype
+        narrow = head.dtype or wide
         vocab, device = head.vocab, head.device
         fits = CACHE_BYTES // (vocab * wide.itemsize) if device.type == "cpu" else chunk
         self.rows = max(1, min(chunk, fits))
-        self._raw = torch.empty(chunk, vocab, dtype=narrow, device=device)
         self._final = torch.empty(chunk, vocab, dtype=wide, device=device)
-        self._scratch = torch.empty(self.rows, vocab, dtype=wide, device=device)
-        self._widened = torch.empty(self.rows, vocab, dtype=wide, device=device) if narrow != wide else None
+        self._desk = _Desk(chunk, self.rows, vocab, narrow, wide, device)
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Return raw logits (token, vocab) in the buffer; the next call overwrites them."""
-        raw = self._raw[: len(states)]
-        self.head.product(self.head.hidden(states), raw)
-        return raw
+    def logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return h (token, width) and raw logits (token, vocab), in a buffer of this thread until its next call."""
+        hidden, raw = self.head.hidden(states), self._desk.raw[: len(states)]
+        self.head.product(hidden, raw)
+        return hidden, raw
 
     def blocks(self, raw: Tensor) -> list[tuple[slice, Tensor]]:
         """Cut raw logits into rows that stay in the cache."""
@@ -76,14 +86,14 @@ class Workspace:
 
     def finished(self, raw: Tensor) -> Tensor:
         """Turn some rows of raw logits into logits in the wide type, in place where they are wide already."""
-        if self._widened is not None:
-            raw = self._widened[: len(raw)].copy_(raw)
+        if self._desk.widened is not None:
+            raw = self._desk.widened[: len(raw)].copy_(raw)
         self.head.finish(raw)
         return raw
 
     def scratch(self, rows: int) -> Tensor:
         """(rows, vocab) in the wide type, overwritten by whoever asks next."""
-        return self._scratch[:rows]
+        return self._desk.scratch[:rows]
 
     def final(self, rows: int) -> Tensor:
         """(rows, vocab) where the final distribution is held."""
@@ -115,26 +125,27 @@ class Yardstick:
         device = work.head.device
         self._known = ((targets >= 0) & (targets < work.head.vocab)).to(device)
         self._targets = targets.to(device).clamp(0, work.head.vocab - 1)
-        raw = work.logits(states)
+        hidden, raw = work.logits(states)
         count = len(raw)
         self._probability = work.final(count)
-        self._cross = torch.empty(count, dtype=work.wide, device=device)
-        self._log_total = torch.empty(count, dtype=work.wide, device=device)
+        self._cross, self._log_total, largest = torch.empty(3, count, dtype=work.wide, device=device)
         tops = []
         for rows, part in work.blocks(raw):
             z = work.finished(part)
             values, ids = top_k(z, max(work.ks))
             z.sub_(values[:, :1])
-            p = self._probability[rows]
-            _exp(z, out=p)
+            p = _exp(z, out=work.scratch(len(z)))
             total = p.sum(-1, keepdim=True)
-            p.div_(total)
-            e = work.scratch(len(z))
+            self._probability[rows] = p.div_(total)
             # Made as `measure` makes its counterpart, so that the divergence of a distribution from itself is 0.
-            self._cross[rows] = torch.mul(p, z, out=e).sum(-1)
-            self._log_total[rows] = total[:, 0].log()
+            self._cross[rows] = p.mul_(z).sum(-1)
+            self._log_total[rows], largest[rows] = total[:, 0].log(), values[:, 0]
             tops.append(ids)
         self._top = torch.cat(tops)
+        self._weights = work.head.expectation(self._probability)
+        expected = self._expected(hidden)
+        if expected is not None:
+            self._cross = expected - largest
 
     def measure(self, states: Tensor) -> Measured:
         """Return how the distributions of other states of the same tokens compare.
@@ -143,8 +154,9 @@ class Yardstick:
             states: (token, d_model).
         """
         work = self.work
-        raw = work.logits(states)
+        hidden, raw = work.logits(states)
         count, device, wide = len(raw), raw.device, work.wide
+        expected = self._expected(hidden)
         values = torch.empty(len(METRICS), count, dtype=wide, device=device)
         overlap = torch.empty(len(work.ks), count, dtype=wide, device=device)
         top = torch.empty(count, dtype=torch.int64, device=device)
@@ -156,12 +168,22 @@ class Yardstick:
             top[rows] = ids[:, 0]
             for i, k in enumerate(work.ks):
                 overlap[i, rows] = _shared(ids[:, :k], self._top[rows, :k])
+            if expected is None:
+                cross = torch.mul(self._probability[rows], z, out=work.scratch(len(z))).sum(-1)
+            else:
+                cross = expected[rows] - largest[:, 0]
+            values[0, rows] = self._cross[rows] - cross
             self._reduce(z, rows, values, jsd)
         return Measured(values, overlap, top, jsd)
 
+    def _expected(self, hidden: Tensor) -> Tensor | None:
+        """Return the mean logit (token,) under the final distribution, if it can be told without the logits."""
+        if self._weights is None:
+            return None
+        return (hidden.to(self._weights.dtype).to(self.work.wide) * self._weights).sum(-1, dtype=self.work.wide)
+
     def _reduce(self, z: Tensor, rows: slice, values: Tensor, jsd: Tensor | None) -> None:
-        p, e = self._probability[rows], self.work.scratch(len(z))
-        values[0, rows] = self._cross[rows] - torch.mul(p, z, out=e).sum(-1)
+        e = self.work.scratch(len(z))
         known = self._known[rows]
         if bool(known.any()):
             at = z.gather(1, self._targets[rows, None])
@@ -172,7 +194,7 @@ class Yardstick:
         total = e.sum(-1)
         log_total = total.log()
         if jsd is not None:
-            jsd[rows] = _jsd(p, e / total[:, None])
+            jsd[rows] = _jsd(self._probability[rows], e / total[:, None])
         values[0, rows] = (values[0, rows] - (self._log_total[rows] - log_total)).clamp_min(0)  # below it is rounding
         values[1, rows] = log_total - e.mul_(z).sum(-1) / total
         values[2, rows] += log_total
@@ -197,15 +219,14 @@ def top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if groups < 4 * k:
         found = z.topk(k, sorted=True)
         return found.values, found.indices
-    grouped = z[:, : groups * _GROUP].view(len(z), groups, _GROUP)
-    best = grouped.amax(-1).topk(k).indices
-    candidates = grouped.gather(1, best[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
-    ids = (best[:, :, None] * _GROUP + torch.arange(_GROUP, device=z.device)).flatten(1)
-    if groups * _GROUP < vocab:
-        rest = torch.arange(groups * _GROUP, vocab, device=z.device).expand(len(z), -1)
-        candidates, ids = torch.cat([candidates, z[:, groups * _GROUP :]], 1), torch.cat([ids, rest], 1)
-    found = candidates.topk(k, sorted=True)
-    return found.values, ids.gather(1, found.indices)
+    # Group g is every `groups`-th logit from g on, so that the maxima are taken across whole rows of memory.
+    grouped = z[:, : groups * _GROUP].view(len(z), _GROUP, groups)
+    best = grouped.amax(1).topk(k).indices
+    candidates = grouped.gather(2, best[:, None].expand(-1, _GROUP, -1)).flatten(1)
+    found = torch.cat([candidates, z[:, groups * _GROUP :]], 1).topk(k, sorted=True)
+    at, inside = found.indices, _GROUP * k
+    ids = at.div(k, rounding_mode="floor") * groups + best.gather(1, at % k)
+    return found.values, torch.where(at < inside, ids, at - inside + groups * _GROUP)
 
 
 def _exp(z: Tensor, *, out: Tensor) -> Tensor:

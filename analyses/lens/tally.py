@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,20 +17,21 @@ from streamlens.analyses.lens.head import Head, LinearHead
 from streamlens.analyses.lens.metrics import METRICS, Workspace, Yardstick
 from streamlens.analyses.source import Source, target_ids
 from streamlens.analyses.statistics import DocumentSums, Floats, Moments, Quantiles
+from streamlens.analyses.team import Team
 from streamlens.block import Block, LazyRows, NormStatistics
 from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
     from streamlens.analyses.lens.tuned import TunedLens
 
-BUDGET_BYTES = 64 << 20
+BUDGET_BYTES = 128 << 20
 """Size of the two buffers of a chunk: the logits at one state and the final distribution."""
 
 SPREAD = METRICS[:5]
 """The metrics of which quartiles are kept, too."""
 
-SAMPLE_TOKENS = 32
-"""Tokens on which lower precision is compared with the model's own."""
+SAMPLE_TOKENS, SAMPLE_STATES = 32, 8
+"""Tokens and states on which lower precision is compared with the model's own, spread evenly over both."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,15 @@ class LensTally:
         self.precision: Mapping[str, float] | None = None
         self._keeper = GridKeeper(options.grid_doc, options.grid_positions)
         self._work: Workspace | None = None
+        alone = self.head.whole_blocks or self.head.device.type != "cpu"
+        self._team = Team(1 if alone else None)
 
     def update(self, block: Block) -> None:
         """Fold one block in."""
-        if self.head is not self.exact_head and self.precision is None:
-            self.precision = self._compare_precision(block)
         targets = target_ids(self.source, block)
         values, top = self._look(block, targets)
+        if self.head is not self.exact_head and self.precision is None:
+            self.precision = self._compare_precision(block, values)
         later = block.position > 0
         headline = torch.where(later, values, torch.nan)
         self._documents.add(headline, block.doc)
@@ -149,8 +153,8 @@ class LensTally:
         for start in range(0, count, work.chunk):
             rows = slice(start, min(start + work.chunk, count))
             yardstick = Yardstick(work, self._translated(block, states[-1], rows), targets[rows])
-            for i, k in enumerate(states):
-                found = yardstick.measure(self._translated(block, k, rows))
+            looked_at = (self._translated(block, k, rows) for k in states)
+            for i, found in enumerate(self._team.map(yardstick.measure, looked_at)):
                 values[:, i, rows] = torch.cat(
                     [found.values, found.overlap, *([] if found.jsd is None else [found.jsd[None]])]
                 ).double()
@@ -162,7 +166,8 @@ class LensTally:
         return state if self.tuned is None else self.tuned.translate(k, state)
 
     def _workspace(self, count: int) -> Workspace:
-        chunk = count if self.head.whole_blocks else min(self.options.chunk_tokens or self._affordable(), count)
+        most = count if self.head.whole_blocks else min(self.options.chunk_tokens or self._affordable(), count)
+        chunk = math.ceil(count / math.ceil(count / most))  # even pieces: a small last one would cost as much
         if self._work is None or self._work.chunk < chunk or self.head.whole_blocks:
             own = getattr(self.exact_head, "weight", None)
             wide = torch.float64 if own is not None and own.dtype == torch.float64 else torch.float32
@@ -172,22 +177,20 @@ class LensTally:
     def _affordable(self) -> int:
         return max(16, BUDGET_BYTES // (2 * 4 * self.head.vocab) // 16 * 16)
 
-    def _compare_precision(self, block: Block) -> dict[str, float]:
-        """Look at some tokens in the model's own precision, too."""
-        rows = torch.linspace(0, len(block.ids) - 1, min(SAMPLE_TOKENS, len(block.ids))).long()
-        sample = restricted(block, rows)
-        found = []
-        for dtype in (None, self.options.dtype):
-            options = LensOptions(self.options.states, self.options.top_k, dtype, False, None, None, ())
-            tally = LensTally(self.source, self.exact_head, options, self.tuned)
-            found.append(tally._look(sample, target_ids(self.source, block)[rows])[0])
-        error = (found[1] - found[0]).abs()
-        report = {"tokens": float(len(rows))}
+    def _compare_precision(self, block: Block, values: Tensor) -> dict[str, float]:
+        """Look at some tokens and states in the model's own precision, too: values are (name, state, token)."""
+        rows, some = _spread(len(block.ids), SAMPLE_TOKENS), _spread(len(self.options.states), SAMPLE_STATES)
+        states = tuple(self.options.states[i] for i in some)
+        options = LensOptions(states, self.options.top_k, None, False, None, None, ())
+        tally = LensTally(self.source, self.exact_head, options, self.tuned)
+        exact = tally._look(restricted(block, rows), target_ids(self.source, block)[rows])[0]
+        error = (values[:, some][..., rows][: len(exact)] - exact).abs()
+        report = {"tokens": float(len(rows)), "states": float(len(states))}
         for name in ("kl", "entropy", "cross_entropy"):
             of = error[METRICS.index(name)]
             report[f"{name}_error_max"] = float(of.nan_to_num(0).max())
             report[f"{name}_error_mean"] = float(of.nanmean())
-            report[f"{name}_error_share"] = float(of.nansum() / found[0][METRICS.index(name)].nansum())
+            report[f"{name}_error_share"] = float(of.nansum() / exact[METRICS.index(name)].nansum())
         return report
 
     @property
@@ -266,6 +269,11 @@ def restricted(block: Block, rows: Tensor) -> Block:
         norms=LazyRows(len(block.norms), norm),
         mixes={s: pick(mix) for s, mix in block.mixes.items()},
     )
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """Return at most so many indices of 0 ... count - 1, first and last among them."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
 def _cast(head: Head, dtype: torch.dtype | None) -> Head:

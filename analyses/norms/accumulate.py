@@ -47,7 +47,8 @@ class ContributionNorms:
 
         Args:
             source: where the blocks come from.
-            sample: tokens over which cosines between writes and outlier dimensions are taken.
+            sample: so many first tokens, less the first of each window, are those over which cosines between writes
+                and outlier dimensions are taken.
             projections: output projections by sublayer, for rows of single heads.
             unembedding: the way to the logits, for direct attribution.
         """
@@ -57,7 +58,7 @@ class ContributionNorms:
         self._plain = not self._norms and all(isinstance(f, float) and f == 1.0 for f in self._factors)
         self._centred = any(n.state is None and n.form == "layer_norm" for n in self.stream.norms)
         self._projections, self._unembedding = projections or {}, unembedding
-        self._left, self.tokens = sample, 0
+        self._sample, self.tokens = sample, 0
         self.contributions = self._rows()
         self._row = {(c.kind, c.label): i for i, c in enumerate(self.contributions)}
         shape = len(self.contributions), len(MEASURES)
@@ -83,7 +84,6 @@ class ContributionNorms:
         table = table[..., block.position != 0]
         self.without_first.add(table)
         self.quantiles.add(table)
-        self._left -= min(self._left, count)
         self.tokens += count
 
     def merge(self, other: ContributionNorms) -> None:
@@ -174,7 +174,9 @@ class _Walk:
     def __init__(self, norms: ContributionNorms, block: Block, table: Tensor) -> None:
         self.norms, self.stream, self.block, self.table = norms, norms.stream, block, table
         self.along = _direction(block, norms._centred) if norms._plain else None
-        self.sample = min(norms._left, block.stop - block.start)
+        # By place and not by count, so that parts which are merged take the same tokens as the whole.
+        chosen = (torch.arange(block.start, block.stop) < norms._sample) & (block.position != 0)
+        self.sample = torch.nonzero(chosen)[:, 0]
         self.unit: list[Tensor] = []
         """For each write, (sampled token, d_model) of length one."""
         count = len(self.stream.sublayers), block.stop - block.start
@@ -211,8 +213,8 @@ class _Walk:
     def _state(self, index: int) -> Tensor:
         state = self.block.states[index].float()
         self.state_square[index], self.state_absolute[index] = _dot(state, state), _absolute(state)
-        if self.sample:
-            self.norms._spread[index] += state[: self.sample].double().square().sum(0).cpu()
+        if len(self.sample):
+            self.norms._spread[index] += state[self.sample].double().square().sum(0).cpu()
         return state
 
     def _write(self, s: int, state: Tensor) -> Tensor:
@@ -222,8 +224,8 @@ class _Walk:
             self._put(sublayer.kind, sublayer.label, projection_share=_dot(write, self.along))
         if s in self.norms._projections:
             self._heads(s, state)
-        if self.sample:
-            self.unit.append(torch.nn.functional.normalize(write[: self.sample], dim=-1).flatten())
+        if len(self.sample):
+            self.unit.append(torch.nn.functional.normalize(write[self.sample], dim=-1).flatten())
         return write
 
     def _heads(self, s: int, state: Tensor) -> None:
@@ -294,7 +296,7 @@ class _Walk:
 
     def _sampled(self) -> None:
         """Cosines between the writes of one token."""
-        if self.sample:
+        if len(self.sample):
             unit = torch.stack(self.unit)
             self.norms._cosines += (unit @ unit.T).double().cpu()
-            self.norms._sampled += self.sample
+            self.norms._sampled += len(self.sample)
