@@ -354,6 +354,8 @@ class TestGrid:
     ("options", "message"),
     [
         ({"states": [9]}, "states 0 to 6, not 9"),
+        ({"top_k": [0]}, "1 or more, not 0"),
+        ({"top_k": [5, -1]}, "1 or more, not -1"),
         ({"dtype": "int8"}, "choose float32, bfloat16"),
         ({"dtype": "nonsense"}, "choose float32, bfloat16"),
         ({"translators": "missing.pt"}, "missing.pt is not there"),

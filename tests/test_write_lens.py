@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import streamlens as sl
 from streamlens.analyses.lens.writes import WriteLensResult, write_lens
+from streamlens.analyses.transport import Summand, transported
 from streamlens.calling import invoke
 from streamlens.errors import MissingDataError, UsageError
 from streamlens.observation import observe, tokens
@@ -108,3 +111,49 @@ def test_smollm2() -> None:
     result = write_lens(model, window=32, max_tokens=32, positions=range(1, 5))
     assert len(result.labels) == 61
     assert result.error < 1e-5
+
+
+class _Projected(nn.Module):
+    """A stream 12 wide whose final norm is followed by a projection to 8, as in OPT-350m."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mlp, self.norm = nn.Embedding(19, 12), nn.Linear(12, 12), nn.LayerNorm(12)
+        self.project, self.unembed = nn.Linear(12, 8), nn.Linear(8, 19)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + self.mlp(x)
+        out: Tensor = self.unembed(self.project(self.norm(x)))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_projection_behind_the_norm_in_every_precision(dtype: torch.dtype) -> None:
+    module, ids = _Projected().to(dtype), torch.arange(12)[None]
+    result = write_lens(module, inputs=ids, positions=range(6))
+    with torch.no_grad():
+        logits = module(ids)[0, :6].double()
+    centred = logits - logits.mean(-1, keepdim=True)
+    whole = [float(centred[j, int(t)]) for j, t in enumerate(result.targets)]
+    close = 4 * torch.finfo(dtype).eps * float(logits.abs().max()) if dtype.itemsize == 2 else 1e-5
+    np.testing.assert_allclose(result.target_logit.sum(0), whole, atol=close)
+
+
+def test_the_users_random_numbers_are_left_alone() -> None:
+    before = torch.get_rng_state()
+    look(case("llama"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_parts_that_do_not_add_up_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that is forgotten: no table with wrong shares."""
+
+    def forgetful(*args: Any, **options: Any) -> Iterator[list[Summand]]:
+        for summands in transported(*args, **options):
+            yield [s for s in summands if s.label != "1_mlp_out"]
+
+    monkeypatch.setattr("streamlens.analyses.lens.writes.transported", forgetful)
+    with pytest.raises(MissingDataError, match="add up to other logits"):
+        look(case("llama"))

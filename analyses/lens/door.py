@@ -178,7 +178,7 @@ def logit_lens(
         and the title say so.
 
     Raises:
-        UsageError: a state that is not there, an unknown dtype, translators of another model.
+        UsageError: a state that is not there, a top_k below 1, an unknown dtype, translators of another model.
         MissingDataError: neither a head nor word embeddings; or a capture lacks states, or its model is not here.
 
     >>> from fixtures import zoo
@@ -193,7 +193,7 @@ def logit_lens(
     source = source_of(origin, stream=stream, model=model, **corpus)
     options = LensOptions(
         states=_states(source, states),
-        top_k=tuple(sorted(set(top_k))),
+        top_k=_sizes(top_k),
         dtype=precision_named(dtype),
         jsd=jsd,
         chunk_tokens=chunk_tokens,
@@ -250,6 +250,12 @@ def _states(source: Source, wanted: Sequence[int] | None) -> tuple[int, ...]:
         if not -last - 1 <= k <= last:
             raise UsageError(f"stream {source.stream.name!r} has states 0 to {last}, not {k}")
     return tuple(sorted({range(last + 1)[k] for k in chosen} | {last}))
+
+
+def _sizes(top_k: Sequence[int]) -> tuple[int, ...]:
+    if any(k < 1 for k in top_k):
+        raise UsageError(f"top_k counts likeliest tokens, 1 or more, not {min(top_k)}")
+    return tuple(sorted(set(top_k)))
 
 
 def precision_named(given: str | torch.dtype | None) -> torch.dtype | None:

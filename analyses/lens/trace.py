@@ -111,6 +111,28 @@ class Chain:
             operation.run(values)
         return values[self.output]
 
+    def in_float32(self) -> Chain:
+        """Return the same operations in float32, whatever they were noted in; a module stays as it is.
+
+        >>> x, weight = torch.randn(2, 4), torch.randn(4, 5).bfloat16()
+        >>> chain = listen(lambda: start @ weight, start := x.bfloat16())
+        >>> chain.in_float32()(x).dtype
+        torch.float32
+        """
+
+        def single(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.float() if value.is_floating_point() else value
+            return torch.float32 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+        return replace(
+            self,
+            operations=tuple(
+                replace(o, args=tuple(map(single, o.args)), kwargs={k: single(v) for k, v in o.kwargs.items()})
+                for o in self.operations
+            ),
+        )
+
     def rest_after(self, value: Tensor, middle: Tensor) -> Chain | None:
         """Return what follows once `value` has become `middle`, bit for bit; None where it never does."""
         values = {self.start: value}
