@@ -95,8 +95,12 @@ def _by_length(origin: OriginOptions, show: ShowOptions, options: dict[str, Any]
 def _about(found: GradientResult | SpectrumResult) -> list[str]:
     from streamlens.analyses.gradient.answer import OBJECTIVES
 
+    sequences, documents = _counted(found.sequences, "sequence"), _counted(found.documents, "document")
     return [
-        f"differentiated: {OBJECTIVES[found.objective]}, {human(float(found.loss[0]))}, {found.sequences} sequences of "
-        f"{found.documents} documents; "
+        f"differentiated: {OBJECTIVES[found.objective]}, {human(float(found.loss[0]))}, {sequences} of {documents}; "
         "position 0 is left out of the table"
     ]
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Unpack
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from streamlens.analyses.gradient.answer import Flow, GradientResult, interval_mean
 from streamlens.analyses.gradient.graph import Graph, Objective, graphs, objective_of
+from streamlens.analyses.sampling import sampled
 from streamlens.analyses.source import Corpus, Origin, Source, source_of, watched
 from streamlens.analyses.statistics import Floats
 from streamlens.block import Block
@@ -24,59 +26,34 @@ AT_ONCE = 4
 """How many sequences share a graph unless told: their activations and logits are what takes the memory."""
 
 
-class Sequences:
-    """Some numbers of each sequence, and how many sequences there may be: what both gradient analyses accumulate.
+class Sequences(ABC):
+    """Some numbers of each sequence of a source: what both gradient analyses accumulate.
 
     A sequence is a window, or a document that was kept whole.
     """
 
-    def __init__(self, source: Source, at_once: int, limit: int | None) -> None:
+    def __init__(self, source: Source, at_once: int) -> None:
         """Say where the blocks come from; nothing is run yet.
 
         Raises:
-            UsageError: a limit below one sequence.
+            UsageError: less than one sequence at a time.
         """
-        if at_once < 1 or (limit is not None and limit < 1):
-            raise UsageError("at least one sequence has to be run, at a time and in all")
+        if at_once < 1:
+            raise UsageError("at least one sequence has to be run at a time")
         self.source = source
         self.at_once = at_once
-        self.limit = limit
         self.objective: Objective | None = None
         self.tables: list[dict[str, Floats]] = []
         self.doc: list[int] = []
-        self._seen = 0
-
-    @property
-    def count(self) -> int:
-        """Sequences so far."""
-        return len(self.doc)
-
-    @property
-    def full(self) -> bool:
-        """Whether the limit is reached."""
-        return self.limit is not None and self.count >= self.limit
 
     def update(self, block: Block) -> None:
-        """Run the sequences of a block, or as many as are its share of the limit, and fold them in."""
+        """Run the sequences of a block and fold them in."""
         self.objective = objective_of(self.source, block)
-        rows = self._rows(block)
-        doc = block.doc.reshape(block.shape)[rows, 0].tolist()
-        for graph in graphs(self.source, block, self.at_once, rows):
+        self.doc += block.doc.reshape(block.shape)[:, 0].tolist()
+        for graph in graphs(self.source, block, self.at_once):
             table = {name: _sequences_first(values) for name, values in self._measure(graph).items()}
             self.tables.append({**table, "loss": graph.losses.detach().double().cpu().numpy()})
-            self.doc += doc[: graph.docs]
-            doc = doc[graph.docs :]
             del graph  # or its memory would still be held while the next one is made
-
-    def _rows(self, block: Block) -> list[int]:
-        """Choose sequences of a block: evenly over the whole text, since the windows of one document are alike."""
-        docs, positions = block.shape
-        first, self._seen = self._seen, self._seen + docs
-        if self.limit is None:
-            return list(range(docs))
-        total = max(self.limit, self.source.n_tokens // positions)
-        spread = [i for i in range(docs) if (first + i + 1) * self.limit // total > (first + i) * self.limit // total]
-        return spread[: self.limit - self.count]
 
     def merge(self, other: Sequences) -> None:
         """Fold another partial result in."""
@@ -93,7 +70,7 @@ class Sequences:
             MissingDataError: there is no such sequence.
         """
         joined = {} if not self.tables else {k: np.concatenate([t[k] for t in self.tables]) for k in self.tables[0]}
-        moved = joined["energy"].reshape(self.count, -1).sum(-1) > 0 if joined else np.zeros(0, bool)
+        moved = joined["energy"].reshape(len(self.doc), -1).sum(-1) > 0 if joined else np.zeros(0, bool)
         if not moved.any():
             raise MissingDataError(
                 "no sequence has a gradient: each needs at least two tokens, so that one has a target"
@@ -101,13 +78,12 @@ class Sequences:
         return {name: values[moved] for name, values in joined.items()}, np.array(self.doc, np.int64)[moved]
 
     def title(self, what: str) -> str:
-        """Say what was measured, where, and over how many sequences where it was not all."""
-        some = f", {self.count:,} sequences of it" if self.full else ""
-        return f"{what}, {self.source.stream.name}: {self.source.description}{some}"
+        """Say what was measured, and where."""
+        return f"{what}, {self.source.stream.name}: {self.source.description}"
 
+    @abstractmethod
     def _measure(self, graph: Graph) -> dict[str, Tensor]:
         """Return the sums of each sequence by name, each (..., doc, 2)."""
-        raise NotImplementedError
 
 
 _SUMS = ("energy", "identity", "step", "branch")
@@ -208,6 +184,7 @@ def gradient_flow(
     Raises:
         MissingDataError: the capture's model or inputs are not to be had; or no sequence has a target.
         AnatomyError: the forward pass records no gradients.
+        UsageError: less than one sequence, in all or at a time.
 
     Example:
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
@@ -217,17 +194,25 @@ def gradient_flow(
         >>> found.objective, bool(np.allclose(shares[:, 0], 1, atol=1e-5))
         ('pooled_norm', True)
     """
-    source = source_of(origin, stream=stream, model=model, **corpus)
-    flow = GradientFlow(source, at_once, sequences)
+    source = sequences_of(source_of(origin, stream=stream, model=model, **corpus), sequences)
+    flow = GradientFlow(source, at_once)
     run_through(flow, "gradient", progress)
     return flow.result()
 
 
+def sequences_of(source: Source, count: int | None) -> Source:
+    """Return a source of so many sequences, evenly spread: those of one token have nothing behind position 0.
+
+    Raises:
+        MissingDataError: no sequence has two tokens.
+        UsageError: a count below 1.
+    """
+    return sampled(source, count, least=2)
+
+
 def run_through(found: Sequences, label: str, progress: bool) -> None:
-    """Fold in the blocks of the source until there are as many sequences as were asked for."""
+    """Fold in all blocks of the source."""
     for block in watched(found.source, label, progress=progress):
-        if found.full:
-            break
         found.update(block)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -144,7 +144,7 @@ def objective_of(source: Source, block: Block) -> Objective:
     return "cross_entropy" if known else "pooled_norm"
 
 
-def graphs(source: Source, block: Block, at_once: int, rows: Sequence[int] | None = None) -> Iterator[Graph]:
+def graphs(source: Source, block: Block, at_once: int) -> Iterator[Graph]:
     """Run the sequences of a block a few at a time, each time with the graph kept.
 
     A sequence is a window, or a document that was kept whole.
@@ -153,7 +153,6 @@ def graphs(source: Source, block: Block, at_once: int, rows: Sequence[int] | Non
         source: where the block comes from; its model is run.
         block: whole sequences.
         at_once: how many sequences share a graph, which bounds the memory.
-        rows: which sequences of the block to run; by default all.
 
     Raises:
         MissingDataError: the capture's model or inputs are not to be had.
@@ -164,9 +163,8 @@ def graphs(source: Source, block: Block, at_once: int, rows: Sequence[int] | Non
     axis = 1 if source.anatomy.stream().position_first else 0
     targets = target_ids(source, block).reshape(docs, positions)
     objective = objective_of(source, block)
-    wanted_rows = list(range(docs) if rows is None else rows)
-    for first in range(0, len(wanted_rows), at_once):
-        chosen = wanted_rows[first : first + at_once]
+    for first in range(0, docs, at_once):
+        chosen = list(range(first, min(docs, first + at_once)))
         some = select_docs(inputs, chosen, axis, docs)
         wanted = targets[chosen] if objective == "cross_entropy" else None
         yield open_graph(module, source.anatomy, source.stream, some, (len(chosen), positions), wanted)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from streamlens.analyses.gradient.answer import interval_mean, whole_numbers
-from streamlens.analyses.gradient.door import Sequences, run_through
+from streamlens.analyses.gradient.door import Sequences, run_through, sequences_of
 from streamlens.analyses.gradient.graph import Graph, Objective
 from streamlens.analyses.result import Result
 from streamlens.analyses.source import Corpus, Origin, Source, source_of
@@ -37,13 +37,13 @@ _SUMS = ("energy", "share", "square", "rest", "moment")
 class PathSpectrum(Sequences):
     """Folds in the spectrum of path lengths block by block."""
 
-    def __init__(self, source: Source, max_length: int, at_once: int, limit: int | None) -> None:
+    def __init__(self, source: Source, max_length: int, at_once: int) -> None:
         """Say up to which length paths are told apart.
 
         Raises:
             UsageError: a negative length.
         """
-        super().__init__(source, at_once, limit)
+        super().__init__(source, at_once)
         if max_length < 0:
             raise UsageError(f"paths pass 0 branches or more, not {max_length}")
         self.max_length = min(max_length, len(source.stream.steps))
@@ -257,7 +257,7 @@ def path_spectrum(
     Raises:
         MissingDataError: the capture's model or inputs are not to be had; or no sequence has a target.
         AnatomyError: the forward pass records no gradients.
-        UsageError: a negative length.
+        UsageError: a negative length; less than one sequence, in all or at a time.
 
     Example:
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
@@ -266,8 +266,8 @@ def path_spectrum(
         >>> len(found.lengths), bool(abs(found.paths.share[:, 0].sum() - 1) < 1e-5)
         (5, True)
     """
-    source = source_of(origin, stream=stream, model=model, **corpus)
-    spectrum = PathSpectrum(source, max_length, at_once, sequences)
+    source = sequences_of(source_of(origin, stream=stream, model=model, **corpus), sequences)
+    spectrum = PathSpectrum(source, max_length, at_once)
     run_through(spectrum, "paths", progress)
     return spectrum.result()
 
