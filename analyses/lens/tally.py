@@ -15,10 +15,11 @@ from torch import Tensor
 from streamlens.analyses.lens.grid import GridKeeper, LensGrid
 from streamlens.analyses.lens.head import Head, LinearHead
 from streamlens.analyses.lens.metrics import METRICS, Workspace, Yardstick
+from streamlens.analyses.sampling import some_rows
 from streamlens.analyses.source import Source, target_ids
 from streamlens.analyses.statistics import DocumentSums, Floats, Moments, Quantiles
 from streamlens.analyses.team import Team
-from streamlens.block import Block, LazyRows, NormStatistics
+from streamlens.block import Block
 from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class LensTally:
         states = tuple(self.options.states[i] for i in some)
         options = LensOptions(states, self.options.top_k, None, False, None, None, ())
         tally = LensTally(self.source, self.exact_head, options, self.tuned)
-        exact = tally._look(restricted(block, rows), target_ids(self.source, block)[rows])[0]
+        exact = tally._look(some_rows(block, rows, block.start), target_ids(self.source, block)[rows])[0]
         error = (values[:, some][..., rows][: len(exact)] - exact).abs()
         report = {"tokens": float(len(rows)), "states": float(len(states))}
         for name in ("kl", "entropy", "cross_entropy"):
@@ -196,7 +197,7 @@ class LensTally:
     @property
     def documents(self) -> int:
         """Number of documents."""
-        return int(self._documents.sums.shape[-1])
+        return self._documents.documents
 
     def summaries(self) -> dict[str, Summary]:
         """Return every metric, each over (state,)."""
@@ -240,35 +241,6 @@ def prediction_depth(top: Tensor) -> Tensor:
     """
     settled = (top == top[-1]).flip(0).cumprod(0)
     return len(top) - settled.sum(0)
-
-
-def restricted(block: Block, rows: Tensor) -> Block:
-    """Return some tokens of a block; nothing is fetched before it is asked for.
-
-    Args:
-        block: the block.
-        rows: (row,) int64 which tokens of it.
-    """
-
-    def pick(tensor: Tensor) -> Tensor:
-        return tensor[rows.to(tensor.device)]
-
-    def norm(index: int) -> NormStatistics:
-        mean, rstd = block.norms[index]
-        return pick(mean), pick(rstd)
-
-    return Block(
-        block.start,
-        block.stop,
-        pick(block.ids),
-        pick(block.doc),
-        pick(block.position),
-        parts=LazyRows(len(block.parts), lambda i: pick(block.parts[i])),
-        states=LazyRows(len(block.states), lambda k: pick(block.states[k])),
-        writes=LazyRows(len(block.writes), lambda s: pick(block.writes[s])),
-        norms=LazyRows(len(block.norms), norm),
-        mixes={s: pick(mix) for s, mix in block.mixes.items()},
-    )
 
 
 def _spread(count: int, most: int) -> Tensor:

@@ -21,8 +21,9 @@ from torch import Tensor
 from streamlens.analyses.lens.descent import Descent, descend
 from streamlens.analyses.lens.head import LinearHead, head_of
 from streamlens.analyses.lens.moments import StateMoments
-from streamlens.analyses.lens.tally import LensOptions, LensTally, restricted
+from streamlens.analyses.lens.tally import LensOptions, LensTally
 from streamlens.analyses.result import Result
+from streamlens.analyses.sampling import some_rows
 from streamlens.analyses.source import CaptureSource, Corpus, LiveSource, Origin, Source, source_of, watched
 from streamlens.analyses.statistics import Floats
 from streamlens.block import Block
@@ -220,7 +221,7 @@ class _Trainer:
             mine = torch.isin(block.doc, self.apart.to(block.doc.dtype)) != train
             rows = torch.nonzero(mine)[:, 0]
             if len(rows):
-                yield restricted(block, rows)
+                yield some_rows(block, rows, block.start)
 
     def closed_form(self, kind: str, ridge: float) -> tuple[Tensor | None, Tensor]:
         steps, width = len(self.source.stream.steps), self.source.stream.d_model

@@ -23,12 +23,12 @@ from torch import Tensor
 from streamlens.analyses.frozen import final_norm, stream_norms
 from streamlens.analyses.lens.grid import shown, texts
 from streamlens.analyses.lens.head import LinearHead, head_of, tolerance
-from streamlens.analyses.lens.tally import restricted
 from streamlens.analyses.lens.trace import Chain, Operation
 from streamlens.analyses.result import Result
+from streamlens.analyses.sampling import some_rows
 from streamlens.analyses.source import Corpus, Origin, Source, source_of, target_ids
 from streamlens.analyses.statistics import Floats
-from streamlens.analyses.transport import skip_factors, transported
+from streamlens.analyses.transport import factors_of, transported
 from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.checkpoint.model import Model
@@ -156,7 +156,7 @@ def write_lens(
     source = source_of(origin, stream=stream, model=model, **corpus)
     with torch.no_grad(), eager_math():
         whole, rows = _some_tokens(source, doc, positions)
-        block, targets = restricted(whole, rows), target_ids(source, whole)[rows]
+        block, targets = some_rows(whole, rows, 0), target_ids(source, whole)[rows]
         head = _FrozenHead(source, head_of(source, whole), block)
         return _shares(source, head, block, targets)
 
@@ -218,7 +218,7 @@ class _FrozenHead:
 def _shares(source: Source, frozen: _FrozenHead, block: Block, targets: Tensor) -> WriteLensResult:
     stream, device = source.stream, frozen.head.device
     norms = stream_norms(stream, source.parameters)
-    factors = skip_factors(stream, source.parameters)
+    factors = factors_of(stream, source.parameters)
     parts = list(transported(stream, norms, block, factors=factors))[-1]
     vectors = [(p.label, p.kind, p.vectors.to(device)) for p in parts]
     if frozen.norm is not None:
@@ -242,7 +242,7 @@ def _shares(source: Source, frozen: _FrozenHead, block: Block, targets: Tensor) 
     bound = max(_CLOSE, tolerance(own))
     if not error <= bound:
         raise MissingDataError(
-            f"the parts add up to other logits than the model's, by {error:.1e} of the largest (more than {bound:.1e}), "
+            f"the parts add up to other logits than the model's, by {error:.1e} of the largest (bound {bound:.1e}), "
             "so what each of them adds is not known: ask for the logit lens, which runs the head as it is"
         )
     ids = block.ids.numpy()
