@@ -69,7 +69,7 @@ def sampled(source: Source, count: int | None, *, least: int = 1) -> Source:
         return LiveSource(source.model, _plan_of_some(source, windows), source.name)
     if isinstance(source, _SomeOfACapture):  # number them as the whole capture does
         windows = replace(source.windows, chosen=source.windows.chosen[chosen])
-    return _SomeOfACapture(source.capture, source.name, source.given, windows)
+    return _SomeOfACapture(source.capture, source.name, lambda _: source.model, windows)
 
 
 def spread(total: int, count: int) -> Ints:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from streamlens.analyses.finding import find_model, made_sure
 from streamlens.anatomy import Anatomy, Stream
 from streamlens.block import Block
 from streamlens.calling import Inputs, token_inputs
 from streamlens.checkpoint.loading import load
 from streamlens.checkpoint.model import Model
+from streamlens.checkpoint.sniff import is_hdf5
 from streamlens.corpus.documents import Text
 from streamlens.errors import MissingDataError, UsageError
 from streamlens.progress import Progress
@@ -24,8 +27,6 @@ from streamlens.recorder.capturing import prepare
 from streamlens.recorder.live import live_blocks
 from streamlens.recorder.pilot import first_weight, parameters_of
 from streamlens.recorder.plan import Choice, Plan
-
-HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 LIVE_BATCH_TOKENS = 1024
 """A live run holds all states and writes of a batch in memory, where a capture holds one at a time."""
@@ -76,6 +77,7 @@ class Corpus(TypedDict, total=False):
     tokens: Any
     inputs: Any
     window: int | None
+    ragged: bool
     max_tokens: int | None
     batch_tokens: int
     seed: int
@@ -91,8 +93,8 @@ class CaptureSource:
 
     capture: Capture
     name: str | None = None
-    given: Model | None = None
-    """The model, where the caller has it at hand; otherwise the capture names it."""
+    find: Callable[[Capture], Model] = find_model
+    """Loads the model of the capture when it is first asked for."""
 
     @property
     def anatomy(self) -> Anatomy:
@@ -132,25 +134,7 @@ class CaptureSource:
         Raises:
             MissingDataError: it is not where it was, or it is another one now.
         """
-        attrs = self.capture.attrs
-        wanted, source = str(attrs["model_sha256"]), str(attrs["model_source"])
-        model = self.given or self._load(source)
-        if model.sha256 != wanted:
-            raise MissingDataError(
-                f"{self.capture.path} was made from a model with sha256 {wanted[:16]}, and {model.source} has "
-                f"{model.sha256[:16]}: give the model of the capture, or capture this one anew"
-            )
-        return model
-
-    def _load(self, source: str) -> Model:
-        if not Path(source).exists():
-            # A factory is code: the name of one in a file is never run, only suggested.
-            way = f"--model {source}" if ":" in source else "--model-file"
-            raise MissingDataError(
-                f"{self.capture.path} was made from {source}, which is not a file here: run this where it is, or give "
-                f"the model itself ({way}; in Python model=)"
-            )
-        return load(source, dtype=str(self.capture.attrs["dtype"]))
+        return self.find(self.capture)
 
     def blocks(self) -> Iterator[Block]:
         """Yield all tokens, block by block."""
@@ -177,7 +161,6 @@ class LiveSource:
     model: Model
     plan: Plan
     name: str | None = None
-    _own: dict[int, Inputs] = field(default_factory=dict, repr=False)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -222,7 +205,7 @@ def source_of(
     origin: Origin,
     *,
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | Callable[[Capture], Model] | None = None,
     heads: bool = False,
     **corpus: Unpack[Corpus],
 ) -> Source:
@@ -231,35 +214,49 @@ def source_of(
     Args:
         origin: a capture (or the path of one), a model, module or model file, or a source, which is returned as it is.
         stream: which stream; by default the one that the head reads.
-        model: for a capture: its model, where it is loaded already.
+        model: for a capture: its model, where it is loaded already, or what finds it.
         heads: for a live model: also look at the value mixes.
         **corpus: for a live model: what it is shown, as in `streamlens.capture`.
 
     Raises:
-        UsageError: a corpus for a capture, which has its own.
+        UsageError: what the origin has already, or cannot use, is given as well.
     """
-    if isinstance(origin, (CaptureSource, LiveSource)):
-        return origin
-    if isinstance(origin, (str, Path)) and is_capture(Path(origin)):
+    given = [key for key, value in corpus.items() if value is not None and value is not False]
+    if isinstance(origin, (str, os.PathLike)) and is_hdf5(Path(origin)):
         origin = open_capture(origin)
     if isinstance(origin, Capture):
-        named = [key for key, value in corpus.items() if value is not None]
-        if named:
-            raise UsageError(f"{origin.path} has its own tokens; {', '.join(named)} can only be given with a model")
+        if given:
+            raise UsageError(f"{origin.path} has its own tokens; {', '.join(given)} can only be given with a model")
         origin.stream(stream)
-        return CaptureSource(origin, stream, model)
-    loaded = origin if isinstance(origin, Model) else load(origin)  # type: ignore[arg-type]
-    corpus.setdefault("batch_tokens", LIVE_BATCH_TOKENS)
-    wanted = () if stream is None else (stream,)
-    return LiveSource(loaded, prepare(loaded, Choice(output=False, heads=heads, streams=wanted), **corpus), stream)
+        find = partial(made_sure, model) if isinstance(model, Model) else model or find_model
+        return CaptureSource(origin, stream, find)
+    if isinstance(origin, (str, os.PathLike, Model, nn.Module)):
+        if model is not None:
+            raise UsageError("model= is the model of a capture, and this is a model already: leave it out")
+        return live_source(load(origin), stream=stream, heads=heads, **corpus)
+    if not all(hasattr(type(origin), method) for method in ("blocks", "inputs")):
+        raise UsageError(f"{type(origin).__name__} is neither a capture, a model, a path of one, nor a Source")
+    given += [name for name, value in (("stream", stream), ("model", model)) if value is not None]
+    if given:
+        raise UsageError(f"a source has its own model, stream and tokens: {', '.join(given)} cannot be given with it")
+    return origin
 
 
-def is_capture(path: Path) -> bool:
-    """Tell by its first bytes whether a path is an HDF5 file."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as raw:
-        return raw.read(len(HDF5_MAGIC)) == HDF5_MAGIC
+def live_source(
+    model: Model, *, stream: str | None = None, heads: bool = False, batch_tokens: int | None = None, **shown: Any
+) -> LiveSource:
+    """Return a source that runs a model.
+
+    Args:
+        model: the model.
+        stream: which stream; by default the one that the head reads.
+        heads: also look at the value mixes.
+        batch_tokens: tokens run at once, LIVE_BATCH_TOKENS by default.
+        **shown: what the model is shown, as in `streamlens.recorder.capturing.prepare`.
+    """
+    choice = Choice(output=False, heads=heads, streams=() if stream is None else (stream,))
+    size = LIVE_BATCH_TOKENS if batch_tokens is None else batch_tokens
+    return LiveSource(model, prepare(model, choice, batch_tokens=size, **shown), stream)
 
 
 def watched(source: Source, what: str, *, progress: bool) -> Iterator[Block]:

@@ -15,8 +15,11 @@ from streamlens.cli.output import print_notes, print_rows
 from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from streamlens.analyses.result import Result
     from streamlens.analyses.source import Source
+    from streamlens.checkpoint.model import Model
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -40,50 +43,52 @@ class OriginOptions:
         Raises:
             UsageError: nothing is named and there is no capture here.
         """
-        from streamlens.analyses.source import is_capture
+        from streamlens.checkpoint.sniff import is_hdf5
 
         named = self.model.source
         if named is None and self.model.factory is None:
             found = newest_capture(Path())
             print_notes([f"no SOURCE was given: {found.name}, the newest capture here"])
             return self._capture(found, takes_dtype)
-        if named is not None and is_capture(Path(named)):
+        if named is not None and is_hdf5(Path(named)):
             return self._capture(Path(named), takes_dtype)
         return self._live(heads)
 
     def _capture(self, path: Path, takes_dtype: bool) -> Source:
+        from streamlens.analyses.finding import find_model
         from streamlens.analyses.source import source_of
-        from streamlens.reader.opening import open_capture
 
-        capture, corpus = open_capture(path), self.corpus
         given = {
-            "--text": corpus.text,
-            "--jsonl": corpus.jsonl,
-            "--tokens": corpus.tokens,
-            "--window": corpus.window,
-            "--ragged": corpus.ragged,
-            "--max-tokens": corpus.max_tokens,
+            "--text": self.corpus.text,
+            "--jsonl": self.corpus.jsonl,
+            "--tokens": self.corpus.tokens,
+            "--window": self.corpus.window,
+            "--ragged": self.corpus.ragged,
+            "--max-tokens": self.corpus.max_tokens,
+            "--batch-tokens": self.corpus.batch_tokens,
             "--dtype": None if takes_dtype else self.model.dtype,
         }
         if named := [option for option, value in given.items() if value]:
             raise UsageError(f"{path} has its own tokens and dtype: {', '.join(named)} can only be given with a model")
-        own = None
-        if self.model_file is not None or self.model.factory is not None:
-            source = None if self.model_file is None else str(self.model_file)
-            own = replace(self.model, source=source, dtype=str(capture.attrs["dtype"])).load()
-        return source_of(capture, stream=self.stream, model=own)
+
+        def load_from(place: Path | None, dtype: torch.dtype | None) -> Model:
+            source = None if place is None else str(place)
+            return replace(self.model, source=source, dtype=None).load(dtype)
+
+        find = functools.partial(
+            find_model, load_from=load_from, moved=self.model_file, builds=self.model.factory is not None
+        )
+        return source_of(path, stream=self.stream, model=find)
 
     def _live(self, heads: bool) -> Source:
-        from streamlens.analyses.source import LiveSource
-        from streamlens.recorder.capturing import prepare
-        from streamlens.recorder.plan import Choice
+        from streamlens.analyses.source import live_source
 
         loaded = self.model.load()
         windows = self.corpus.windows(loaded, self.model.seed)
         print_notes(windows.notes)
-        choice = Choice(output=False, heads=heads, streams=() if self.stream is None else (self.stream,))
-        plan = prepare(loaded, choice, windows=windows, batch_tokens=self.corpus.batch_tokens)
-        return LiveSource(loaded, plan, self.stream)
+        return live_source(
+            loaded, stream=self.stream, heads=heads, batch_tokens=self.corpus.batch_tokens, windows=windows
+        )
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,9 @@ def newest_capture(folder: Path) -> Path:
     Raises:
         UsageError: there is none.
     """
-    from streamlens.analyses.source import is_capture
+    from streamlens.checkpoint.sniff import is_hdf5
 
-    found = sorted((p for p in folder.glob("*.h5") if is_capture(p)), key=lambda p: p.stat().st_mtime)
+    found = sorted((p for p in folder.glob("*.h5") if is_hdf5(p)), key=lambda p: p.stat().st_mtime)
     if not found:
         raise UsageError("no capture is here: run `streamlens capture MODEL` first, or name a capture or a model")
     return found[-1]

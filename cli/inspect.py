@@ -27,20 +27,15 @@ def command(model: ModelOptions, as_json: bool) -> None:
       streamlens inspect model.h5
       streamlens inspect --model mypackage.models:build
     """  # noqa: D301 - click reads the \b
-    if model.source is not None and _is_hdf5(Path(model.source)):
+    from streamlens.checkpoint.sniff import is_hdf5
+
+    if model.source is not None and is_hdf5(Path(model.source)):
         from streamlens.reader.opening import open_capture
 
         with open_capture(model.source) as capture:
             _capture(capture, as_json)
     else:
         _model(model, as_json)
-
-
-def _is_hdf5(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as raw:
-        return raw.read(8) == b"\x89HDF\r\n\x1a\n"
 
 
 def _model(options: ModelOptions, as_json: bool) -> None:

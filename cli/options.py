@@ -13,6 +13,8 @@ import click
 from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from streamlens.checkpoint.model import Model
     from streamlens.corpus.windows import Windows
 
@@ -34,8 +36,11 @@ class ModelOptions:
     device: str
     seed: int
 
-    def load(self) -> Model:
+    def load(self, cast_to: torch.dtype | None = None) -> Model:
         """Load the model; a factory draws its random weights from the seed.
+
+        Args:
+            cast_to: the dtype of the weights, where --dtype names none.
 
         Raises:
             UsageError: neither a source nor a factory is given.
@@ -55,7 +60,7 @@ class ModelOptions:
             config=self.config,
             factory=self.factory,
             unsafe_pickle=self.unsafe_pickle,
-            dtype=self.dtype,
+            dtype=self.dtype or cast_to,
             device=self.device,
         )
 
@@ -71,7 +76,8 @@ class CorpusOptions:
     window: int | None
     ragged: bool
     max_tokens: int | None
-    batch_tokens: int
+    batch_tokens: int | None
+    """None for the default of the command: a capture keeps one tensor at a time, a live analysis all of a batch."""
 
     def windows(self, model: Model, seed: int) -> Windows:
         """Read what was named and cut it into windows for a model; the built-in text when nothing was named.
@@ -169,7 +175,9 @@ def corpus_options(command: Command) -> Command:
         click.option("--ragged", is_flag=True, help="Keep every document whole instead of cutting equal windows."),
         click.option("--max-tokens", type=click.IntRange(min=1), help="Take the first windows up to so many tokens."),
         click.option(
-            "--batch-tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens run at once."
+            "--batch-tokens",
+            type=click.IntRange(min=1),
+            help="Tokens run at once. [default: 2048 for a capture, 1024 for an analysis]",
         ),
     )(command)
 

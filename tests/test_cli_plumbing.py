@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner
 
 from streamlens import errors
+from streamlens.analyses.source import LIVE_BATCH_TOKENS
 from streamlens.checkpoint.loading import load
 from streamlens.checkpoint.model import Model
 from streamlens.checkpoint.nanogpt import NanoGPT, NanoGPTConfig
@@ -133,7 +134,7 @@ def echo(model: ModelOptions, corpus: CorpusOptions, as_json: bool) -> None:
 def test_without_options_a_command_gets_the_defaults() -> None:
     result = CliRunner().invoke(echo, ["model.pt"], catch_exceptions=False)
     model = ModelOptions("model.pt", None, None, False, None, "cpu", 0)
-    corpus = CorpusOptions((), None, "text", None, None, False, None, 2048)
+    corpus = CorpusOptions((), None, "text", None, None, False, None, None)
     assert result.output == repr((model, corpus, False)) + "\n"
 
 
@@ -151,7 +152,8 @@ def test_every_option_arrives_in_its_field(tmp_path: Path) -> None:
 def test_the_defaults_in_the_help_are_the_librarys() -> None:
     shown = CliRunner().invoke(echo, ["-h"], terminal_width=200).output
     assert re.search(rf"--window .*\[default: {DEFAULT_WINDOW}, or the model's limit\]", shown)
-    assert re.search(rf"--batch-tokens .*\[default: {DEFAULT_BATCH_TOKENS}; x>=1\]", shown)
+    ours = f"{DEFAULT_BATCH_TOKENS} for a capture, {LIVE_BATCH_TOKENS} for an analysis"
+    assert re.search(rf"--batch-tokens .*\[default: {ours}\]", " ".join(shown.split()))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import streamlens as sl
-from streamlens.analyses.source import CaptureSource, is_capture, source_of, target_ids
+from streamlens.analyses.source import CaptureSource, source_of, target_ids
 from streamlens.calling import invoke
 from streamlens.checkpoint.model import wrap
+from streamlens.checkpoint.sniff import is_hdf5
 from streamlens.errors import MissingDataError, ProofError, UsageError
 from streamlens.observation import observe
 from streamlens.proof import same_bits
@@ -111,7 +112,7 @@ def test_a_factory_named_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytes
 def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
     found = case("vit")
     with sl.capture(found.module, inputs=found.inputs, out=tmp_path / "x.h5", progress=False) as capture:
-        assert is_capture(capture.path)
+        assert is_hdf5(capture.path)
         with pytest.raises(UsageError, match="has its own tokens; window can only be given with a model"):
             source_of(capture, window=8)
         source = CaptureSource(capture)
@@ -120,8 +121,8 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
             source.inputs(block)
         with pytest.raises(MissingDataError, match="holds the streams main, not 'decoder'"):
             source_of(capture, stream="decoder")
-    assert not is_capture(ROOT / "README.md")
-    assert not is_capture(tmp_path)
+    assert not is_hdf5(ROOT / "README.md")
+    assert not is_hdf5(tmp_path)
 
 
 def test_windows_with_positions_left_out_are_no_rectangle(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from streamlens.errors import CheckpointError, UnsafeFileError
 
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+"""The first bytes of every capture."""
+
 _HEAD_BYTES = 512
 _SAFETENSORS_HEADER_LIMIT = 100_000_000
 _MODEL_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf"}
@@ -25,7 +28,7 @@ class FileKind(Enum):
 
 _NOT_A_MODEL = {
     b"version https://git-lfs": "is a Git LFS pointer and not the weights: run `git lfs pull` in its folder",
-    b"\x89HDF\r\n\x1a\n": "is an HDF5 file and not a model: `streamlens inspect` and `streamlens verify` read captures",
+    HDF5_MAGIC: "is an HDF5 file and not a model: `streamlens inspect` and `streamlens verify` read captures",
     b"\x93NUMPY": "is a numpy array and not a model: token ids are given with --tokens",
     b"\x1f\x8b": "is a compressed archive: unpack it and give what is inside",
     b"PK\x05\x06": "is an empty zip archive: save the model again",
@@ -71,6 +74,14 @@ def sniff(path: Path) -> FileKind:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     return _sniff_bytes(path, head)
+
+
+def is_hdf5(path: Path) -> bool:
+    """Tell by its first bytes whether a path is an HDF5 file, as every capture is."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as raw:
+        return raw.read(len(HDF5_MAGIC)) == HDF5_MAGIC
 
 
 def _sniff_bytes(path: Path, head: bytes) -> FileKind:

@@ -129,10 +129,13 @@ def _is_causal(module: nn.Module, inputs: Inputs, output: Tensor, position_first
 
 
 def first_weight(parameters: Mapping[str, Tensor]) -> Tensor:
-    """Return a tensor that tells the dtype and device of a model: its first floating-point one."""
+    """Return a tensor that tells the dtype and device of a model: its first floating-point one.
+
+    A parameter, where there is one (they come first in `parameters_of`): a buffer may well be wider than all weights.
+    """
     return next((t for t in parameters.values() if t.is_floating_point()), next(iter(parameters.values())))
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers by name, for the replay of norms."""
-    return {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    """Return all parameters, then all buffers, by name, for the replay of norms."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
