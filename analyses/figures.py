@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    ScalarFormatter,
+    SymmetricalLogLocator,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
 
 PALETTE: dict[str, str] = {
     "attn": "#0072B2",
@@ -28,6 +37,17 @@ PALETTE: dict[str, str] = {
     "other": "#E69F00",
 }
 """Okabe and Ito's colours, by what they stand for everywhere."""
+
+KIND_NAMES: dict[str, str] = {
+    "attn": "attention",
+    "cross_attn": "cross-attention",
+    "mlp": "MLP",
+    "mixer": "mixer",
+    "embed": "embedding",
+    "norm": "bias of a norm",
+    "layer": "whole layer",
+}
+"""What kinds of rows are called in legends."""
 
 SEQUENTIAL, DIVERGING = "viridis", "vlag"
 """Colour maps of heat maps: amounts, and amounts around zero."""
@@ -79,16 +99,50 @@ def interval(ax: Axes, x: Sequence[float], low: Sequence[float], high: Sequence[
     ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
+def integer_ticks(ax: Axes, *, both: bool = False) -> None:
+    """Put ticks of the horizontal axis (or of both) at whole numbers only: states and layers have no others."""
+    for axis in (ax.xaxis, ax.yaxis)[: 1 + both]:
+        axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def colour_bar(ax: Axes, image: ScalarMappable, label: str) -> None:
+    """Put a thin scale of colours beside the axes."""
+    bar = _figure_of(ax).colorbar(image, ax=ax, label=label, fraction=0.05, pad=0.02, aspect=40)
+    bar.outline.set_visible(False)
+
+
+def spread_out(ax: Axes, values: Sequence[float], *, linear: float | None = None) -> None:
+    """Make the vertical axis linear up to some size and logarithmic beyond, where few values would flatten all others.
+
+    Args:
+        ax: the axes.
+        values: what is drawn.
+        linear: up to where; by default the median size.
+    """
+    size = np.abs([v for v in values if np.isfinite(v) and v != 0])
+    if not len(size):
+        return
+    most = float(np.median(size)) if linear is None else linear
+    if size.max() > max(20 * most, 5 * float(np.median(size))):
+        ax.set_yscale("symlog", linthresh=most)
+        if linear is not None:
+            ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=[1, 2, 5]))
+            ax.yaxis.set_major_formatter(ScalarFormatter())
+
+
+def wrapped(text: str, inches: float) -> str:
+    """Break a title where a line of so many inches ends; texts name the model and the corpus and can be long."""
+    return "\n".join(textwrap.wrap(text, max(20, int(inches * _CHARACTERS_PER_INCH))))
+
+
 def finish(ax: Axes, *, x: str, y: str, title: str = "") -> Axes:
     """Label the axes, with units, set the title, and bring all text to the house's sizes."""
     ax.set_xlabel(x, fontsize=_TEXT)
     ax.set_ylabel(y, fontsize=_TEXT)
     ax.tick_params(labelsize=_SMALL)
     if title:
-        # Texts name the model and the corpus and can be long; a cut title says nothing.
         inches = ax.get_position().width * float(_figure_of(ax).get_figwidth())
-        lines = textwrap.wrap(title, max(20, int(inches * _CHARACTERS_PER_INCH)))
-        ax.set_title("\n".join(lines), loc="left", fontsize=_TEXT)
+        ax.set_title(wrapped(title, inches), loc="left", fontsize=_TEXT)
     for axis in (ax.xaxis, ax.yaxis):
         if axis.get_scale() == "log":
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))

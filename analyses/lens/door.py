@@ -121,10 +121,16 @@ class LensResult(Result):
         return rows
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the divergence from the final distribution along the stream; without `ax`, as one of four panels."""
-        from streamlens.analyses.lens.drawing import plot_four, plot_kl
+        """Draw the divergence from the final distribution along the stream; without `ax`, as one of five panels."""
+        from streamlens.analyses.lens.drawing import plot_kl, plot_panels
 
-        return plot_four(self) if ax is None else plot_kl(self, ax)
+        return plot_panels(self) if ax is None else plot_kl(self, ax)
+
+    def plot_delta(self, ax: Axes | None = None) -> Axes:
+        """Draw what each step adds to the log-probability of the target, with its interval; nats."""
+        from streamlens.analyses.lens.drawing import plot_delta
+
+        return plot_delta(self, ax)
 
     def plot_grid(self, ax: Axes | None = None) -> Axes:
         """Draw the likeliest token at each state and position of `grid`.

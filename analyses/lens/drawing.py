@@ -8,39 +8,52 @@ import matplotlib.patheffects as effects
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, ScalarFormatter, SymmetricalLogLocator
 from numpy.typing import NDArray
 
-from streamlens.analyses.figures import DIVERGING, PALETTE, SEQUENTIAL, axes, finish, interval, panels, style
+from streamlens.analyses.figures import (
+    DIVERGING,
+    KIND_NAMES,
+    PALETTE,
+    SEQUENTIAL,
+    axes,
+    colour_bar,
+    finish,
+    integer_ticks,
+    interval,
+    spread_out,
+    style,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
 
     from streamlens.analyses.lens.door import LensResult
     from streamlens.analyses.lens.grid import LensGrid
     from streamlens.analyses.lens.tally import Summary
     from streamlens.analyses.lens.tuned import TunedLens
     from streamlens.analyses.lens.writes import WriteLensResult
-    from streamlens.analyses.statistics import Floats
 
 STATE = "State (sublayers done)"
 FIRST, SECOND, THIRD = PALETTE["attn"], PALETTE["mlp"], PALETTE["mixer"]
 
 
-def plot_four(found: LensResult) -> Axes:
-    """Draw divergence, ranks, agreement and prediction depth; return the first panel."""
+def plot_panels(found: LensResult) -> Axes:
+    """Draw divergence, ranks, agreement, prediction depth and, where there are targets, gains; return the first."""
+    targets = bool(np.isfinite(found.delta_log_probability.mean).any())
     with style():
-        drawn = panels(2, 2, width=7.2, height=5.4)
+        figure = Figure(figsize=(7.2, 7.6 if targets else 5.4), layout="constrained")
+        grid = figure.add_gridspec(2 + targets, 2)
+        drawn = [figure.add_subplot(grid[i // 2, i % 2]) for i in range(4)]
         plot_kl(found, drawn[0], title="")
         plot_ranks(found, drawn[1])
         plot_overlap(found, drawn[2])
         plot_depth(found, drawn[3])
-        figure = drawn[0].get_figure()
-        assert isinstance(figure, Figure)
-        figure.suptitle(_wrapped(found.title, 95), x=0.01, ha="left", fontsize=9)
+        if targets:
+            plot_delta(found, figure.add_subplot(grid[2, :]), title="")
+        figure.suptitle(wrapped(found.title, 7.2), x=0.01, ha="left", fontsize=9)
     return drawn[0]
 
 
@@ -54,8 +67,8 @@ def plot_kl(found: LensResult, ax: Axes | None = None, *, title: str | None = No
             _line(ax, x, found.cross_entropy, SECOND, "cross-entropy to the target")
         _line(ax, x, found.entropy, THIRD, "entropy of the lens")
         ax.set_ylim(bottom=0)
-        _spread_out(ax, found.kl.mean)
-        _integers(ax)
+        spread_out(ax, list(found.kl.mean), linear=1.0)
+        integer_ticks(ax)
         return finish(ax, x=STATE, y="nats", title=found.title if title is None else title)
 
 
@@ -75,7 +88,7 @@ def plot_ranks(found: LensResult, ax: Axes | None = None) -> Axes:
             assert summary.upper_quartile is not None, "kept with the median"
             interval(ax, list(found.states), list(summary.lower_quartile + 1), list(summary.upper_quartile + 1), colour)
         ax.set_yscale("log")
-        _integers(ax)
+        integer_ticks(ax)
         return finish(ax, x=STATE, y="Rank (median, quartiles)")
 
 
@@ -86,7 +99,7 @@ def plot_overlap(found: LensResult, ax: Axes | None = None) -> Axes:
         for k, colour in zip(found.top_k, (FIRST, SECOND, THIRD, *PALETTE.values()), strict=False):
             _line(ax, found.states, found.metrics[f"overlap_{k}"], colour, f"top {k}")
         ax.set_ylim(0, 1.02)
-        _integers(ax)
+        integer_ticks(ax)
         return finish(ax, x=STATE, y="Share of the final top k")
 
 
@@ -96,11 +109,11 @@ def plot_depth(found: LensResult, ax: Axes | None = None) -> Axes:
         ax = axes(ax)
         ax.bar(found.states, found.depth / max(1, found.depth.sum()), width=0.9, color=FIRST, linewidth=0)
         ax.axvline(found.mean_depth, color=PALETTE["block"], linewidth=0.8, linestyle="--", label="mean")
-        _integers(ax)
+        integer_ticks(ax)
         return finish(ax, x="Prediction depth (state)", y="Share of tokens")
 
 
-def plot_delta(found: LensResult, ax: Axes | None = None) -> Axes:
+def plot_delta(found: LensResult, ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Draw what each step adds to the log-probability of the target, with its interval."""
     with style():
         ax = axes(ax)
@@ -109,11 +122,12 @@ def plot_delta(found: LensResult, ax: Axes | None = None) -> Axes:
         colours = [PALETTE.get(kind.split("+")[0], PALETTE["other"]) for kind in found.kinds[1:]]
         ax.bar(found.states[1:], gained.mean, yerr=spread, color=colours, width=0.8, error_kw={"elinewidth": 0.7})
         for kind in dict.fromkeys(found.kinds[1:]):
-            ax.bar([found.states[1]], [0], color=PALETTE.get(kind.split("+")[0], PALETTE["other"]), label=kind)
+            name = " + ".join(KIND_NAMES.get(k, k) for k in kind.split("+"))
+            ax.bar([found.states[1]], [0], color=PALETTE.get(kind.split("+")[0], PALETTE["other"]), label=name)
         ax.axhline(0, color=PALETTE["block"], linewidth=0.6)
-        _spread_out(ax, gained.mean)
-        _integers(ax)
-        return finish(ax, x=STATE, y="Gain in log p(target) (nats)", title=found.title)
+        spread_out(ax, list(gained.mean), linear=1.0)
+        integer_ticks(ax)
+        return finish(ax, x=STATE, y="Gain in log p(target) (nats)", title=found.title if title is None else title)
 
 
 def plot_tuned(found: TunedLens, ax: Axes | None = None) -> Axes:
@@ -128,8 +142,8 @@ def plot_tuned(found: TunedLens, ax: Axes | None = None) -> Axes:
             ax.plot(x, values[:, 0], color=colour, label=label)
             interval(ax, list(x), list(values[:, 1]), list(values[:, 2]), colour)
         ax.set_ylim(bottom=0)
-        _spread_out(ax, found.kl_logit_lens[:, 0])
-        _integers(ax)
+        spread_out(ax, list(found.kl_logit_lens[:, 0]), linear=1.0)
+        integer_ticks(ax)
         return finish(ax, x=STATE, y="KL(final || lens), held out (nats)", title=found.title)
 
 
@@ -150,9 +164,9 @@ def plot_table(found: LensGrid, ax: Axes | None = None) -> Axes:
                         Rectangle((j - 0.49, i - 0.46), 0.98, 0.92, fill=False, edgecolor="#D55E00", linewidth=1.0)
                     )
         _table_ticks(ax, found.read(), found.labels)
-        _bar(ax, image, "Probability of the likeliest token")
+        colour_bar(ax, image, "Probability of the likeliest token")
         finish(ax, x="Token read", y="State after")
-        ax.set_title(_wrapped(found.title, int(14 * (1.6 + 0.62 * positions))))
+        ax.set_title(wrapped(found.title, 1.6 + 0.62 * positions))
         return ax
 
 
@@ -172,9 +186,9 @@ def plot_writes(found: WriteLensResult, ax: Axes | None = None) -> Axes:
                 strength = abs(found.target_logit[i, j]) / largest
                 _word(ax, j, i, words[i][j], dark=bool(strength > 0.6))
         _table_ticks(ax, found.read(), found.labels)
-        _bar(ax, image, "Centred logit of the target")
+        colour_bar(ax, image, "Centred logit of the target")
         finish(ax, x="Token read", y="Part of the last state")
-        ax.set_title(_wrapped(found.title, int(14 * (1.8 + 0.62 * positions))))
+        ax.set_title(wrapped(found.title, 1.8 + 0.62 * positions))
         return ax
 
 
@@ -184,12 +198,6 @@ def _table_ticks(ax: Axes, read: Sequence[str], labels: Sequence[str]) -> None:
     every = range(0, len(labels), max(1, -(-len(labels) // 64)))
     ax.set_yticks(list(every), [labels[i].replace("_out", "") for i in every], fontsize=6)
     ax.tick_params(length=0)
-
-
-def _bar(ax: Axes, image: AxesImage, label: str) -> None:
-    figure = ax.get_figure()
-    assert figure is not None, "axes without a figure"
-    figure.colorbar(image, ax=ax, label=label, fraction=0.05, pad=0.02, aspect=40)
 
 
 def _word(ax: Axes, x: int, y: int, text: str, *, dark: bool) -> None:
@@ -211,22 +219,3 @@ def _drawable(text: str) -> str:
 def _line(ax: Axes, x: NDArray[np.int64], summary: Summary, colour: str, label: str) -> None:
     ax.plot(x, summary.mean, color=colour, label=label)
     interval(ax, list(x), list(summary.low), list(summary.high), colour)
-
-
-def _spread_out(ax: Axes, values: Floats) -> None:
-    """Use an axis that is linear up to 1 and logarithmic beyond, where a few values would flatten all others."""
-    size = np.abs(values[np.isfinite(values)])
-    if len(size) and size.max() > max(20.0, 5 * float(np.median(size))):
-        ax.set_yscale("symlog", linthresh=1)
-        ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=[1, 2, 5]))
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-
-
-def _integers(ax: Axes) -> None:
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _wrapped(text: str, width: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width))
