@@ -2,9 +2,10 @@
 
 A state is a sum. In a pre-norm stream each term stays what it was; where the stream passes a norm or a factor on the
 skip, all terms so far pass it as well, and with the norm's statistics held at those of the forward pass that is
-linear in each (Kobayashi et al. 2021). With A_k the linear part of the norm that makes x_k and c_k the factor:
+linear in each (Kobayashi et al. 2021). With A_k the linear part of the norm that makes x_k, c_k the factor on the
+skip and e_s that on a write (they are equal where a whole sum is scaled, as in (x + f(x)) / sqrt(2)):
 
-    x_{k+1} = A_{k+1} (c_k x_k + sum of the writes) + beta_{k+1}
+    x_{k+1} = A_{k+1} (c_k x_k + sum of e_s w_s) + beta_{k+1}
 
 Nothing is ever a d_model x d_model matrix. To ask about many terms at every state, walk forwards (`transported`); to
 ask how much each term contributes along one direction per token, walk backwards (`pulled_back`), which touches each
@@ -13,6 +14,7 @@ write once.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,13 +25,38 @@ from streamlens.analyses.frozen import FrozenNorm
 from streamlens.anatomy import Instruction, Stream
 from streamlens.block import Block
 from streamlens.errors import FormatError, MissingDataError
-from streamlens.replay import last, run
+from streamlens.proof import relative_error
+from streamlens.replay import last, parameter_names, run
 
 BIAS = "norm"
 """Kind of a summand that is the bias of a norm on the stream."""
 
 Factor = float | Tensor
-"""What a skip is multiplied with: a number, or one for each dimension (d_model,)."""
+"""What a term is multiplied with: a number, or one for each dimension, (d_model,)."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What the terms of each sum of a stream are multiplied with, from the term up to the norm or the next state."""
+
+    parts: tuple[Factor, ...]
+    """(part,) of the embedding sum."""
+    skips: tuple[Factor, ...]
+    """(step,) of the state that the skip carries."""
+    writes: tuple[Factor, ...]
+    """(sublayer,)"""
+
+    @property
+    def plain(self) -> bool:
+        """Whether all of them are 1."""
+        return all(_is_one(f) for f in (*self.parts, *self.skips, *self.writes))
+
+
+def times(vectors: Tensor, factor: Factor) -> Tensor:
+    """Return (token, d_model) times a factor; the very same tensor where that is 1."""
+    if isinstance(factor, Tensor):
+        return vectors * factor.to(vectors)
+    return vectors if factor == 1.0 else vectors * factor
 
 
 @dataclass(frozen=True)
@@ -53,7 +80,7 @@ def transported(
     norms: Mapping[int, FrozenNorm],
     block: Block,
     *,
-    factors: Sequence[Factor] | None = None,
+    factors: Factors | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[list[Summand]]:
     """Yield for each state x_0 ... x_K the terms that sum to it.
@@ -61,8 +88,8 @@ def transported(
     Args:
         stream: the stream.
         norms: its norms by the index of the state that they make (`stream_norms`); empty in a pre-norm model.
-        block: the tokens. Its states are not looked at.
-        factors: the factors on the skips (`skip_factors`); needed where they are parameters.
+        block: the tokens. Of its states only the last of the first block is looked at: see Raises.
+        factors: the factors on its sums (`factors_of`); needed where they are parameters.
         dtype: float32 or float64, of everything that is yielded.
 
     Yields:
@@ -70,7 +97,8 @@ def transported(
         norm. Their sum is x_k up to rounding; after the end of the iteration nothing is kept.
 
     Raises:
-        MissingDataError: the block lacks a write, or a factor is a parameter and `factors` is not given.
+        MissingDataError: the block lacks a write, or a factor is a parameter and `factors` is not given; or the terms
+            of the first block do not sum to its last state, because something else happens to the stream.
 
     >>> from streamlens.analyses.source import source_of
     >>> from fixtures import zoo
@@ -81,22 +109,27 @@ def transported(
     >>> [p.label for p in parts]
     ['embed', 'pos_embed', '0_attn_out', '0_mlp_out', '1_attn_out', '1_mlp_out', '2_attn_out', '2_mlp_out']
     """
-    scales = skip_factors(stream) if factors is None else factors
+    known = factors_of(stream) if factors is None else factors
     rstds = _rstds(stream, norms, block)
     parts = [
-        Summand(p.label, "embed", i, 0, block.parts[i].to(dtype)) for i, p in enumerate(stream.parts)
-    ]  # fmt: skip
+        Summand(p.label, "embed", i, 0, times(block.parts[i].to(dtype), known.parts[i]))
+        for i, p in enumerate(stream.parts)
+    ]
     parts = _through(stream, norms, rstds, 0, parts)
     yield list(parts)
     for index, step in enumerate(stream.steps):
-        scale = scales[index]
-        if not _is_one(scale):
-            parts = [replace(p, vectors=p.vectors * _like(scale, p.vectors)) for p in parts]
+        parts = [replace(p, vectors=times(p.vectors, known.skips[index])) for p in parts]
         for s in step.sublayers:
             own = stream.sublayers[s]
-            parts.append(Summand(own.label, own.kind, s, index + 1, block.writes[s].to(dtype)))
+            written = times(block.writes[s].to(dtype), known.writes[s])
+            parts.append(Summand(own.label, own.kind, s, index + 1, written))
         parts = _through(stream, norms, rstds, index + 1, parts)
         yield list(parts)
+    if block.start == 0:
+        whole = torch.zeros_like(parts[0].vectors)
+        for part in parts:
+            whole += part.vectors
+        _demand(stream, block.states[-1], relative_error(whole, block.states[-1].to(whole.device)))
 
 
 def pulled_back(
@@ -106,7 +139,7 @@ def pulled_back(
     direction: Tensor,
     *,
     state: int | None = None,
-    factors: Sequence[Factor] | None = None,
+    factors: Factors | None = None,
 ) -> Iterator[tuple[Summand, Tensor]]:
     """Yield each term as it was made, and what `direction` at a later state is where the term was made.
 
@@ -122,7 +155,8 @@ def pulled_back(
         factors: as in `transported`.
 
     Yields:
-        Summands, latest first, with the vectors (token, d_model) that were added, and directions (token, d_model).
+        Summands, latest first, with the vectors (token, d_model) as the model made them, before any factor, and
+        directions (token, d_model).
 
     Raises:
         MissingDataError: as `transported`.
@@ -136,30 +170,47 @@ def pulled_back(
     >>> torch.allclose(sum(shares), (block.states[-1] * along).sum(-1), atol=1e-4)
     True
     """
-    scales = skip_factors(stream) if factors is None else factors
+    known = factors_of(stream) if factors is None else factors
     rstds = _rstds(stream, norms, block)
-    dtype = direction.dtype
     for k in range(len(stream.steps) if state is None else state, -1, -1):
         if k in norms:
             yield _bias(stream, norms[k], k, direction), direction
-            direction = _cast(norms[k], dtype).adjoint(direction, rstds[k].to(dtype))
+            direction = norms[k].adjoint(direction, rstds[k])
         if k == 0:
             break
         for s in reversed(stream.steps[k - 1].sublayers):
             own = stream.sublayers[s]
-            yield Summand(own.label, own.kind, s, k, block.writes[s].to(dtype)), direction
-        if not _is_one(scales[k - 1]):
-            direction = direction * _like(scales[k - 1], direction)
+            written = Summand(own.label, own.kind, s, k, block.writes[s].to(direction))
+            yield written, times(direction, known.writes[s])
+        direction = times(direction, known.skips[k - 1])
     for i, part in enumerate(stream.parts):
-        yield Summand(part.label, "embed", i, 0, block.parts[i].to(dtype)), direction
+        yield Summand(part.label, "embed", i, 0, block.parts[i].to(direction)), times(direction, known.parts[i])
 
 
-def skip_factors(stream: Stream, parameters: Mapping[str, Tensor] | None = None) -> tuple[Factor, ...]:
-    """Return the factor on the skip of each step, read off the recorded step itself; 1.0 where there is none.
+def demand_sum(stream: Stream, norms: Mapping[int, FrozenNorm], block: Block, factors: Factors) -> None:
+    """Make sure that the terms of a stream sum to its last state, for an analysis that does not walk forwards.
+
+    Args:
+        stream: the stream.
+        norms: its norms by the index of the state that they make.
+        block: some of its tokens.
+        factors: the factors on its sums.
+
+    Raises:
+        MissingDataError: they do not, or the block lacks a write.
+    """
+    deque(transported(stream, norms, replace(block, start=0), factors=factors), maxlen=0)
+
+
+def factors_of(stream: Stream, parameters: Mapping[str, Tensor] | None = None) -> Factors:
+    """Return the factors on the terms of each sum, read off the recorded sums themselves; 1.0 where there is none.
 
     Args:
         stream: the stream.
         parameters: tensors by name, for factors that are learned.
+
+    Returns:
+        Numbers, or (d_model,) on the CPU in float64 where a factor is a vector.
 
     Raises:
         MissingDataError: a factor is a parameter that is not given.
@@ -167,35 +218,53 @@ def skip_factors(stream: Stream, parameters: Mapping[str, Tensor] | None = None)
     >>> from streamlens.discovery.streams import discover
     >>> from fixtures import zoo
     >>> specimen = zoo.build("scaled_skip_constant")
-    >>> [round(c, 3) for c in skip_factors(discover(specimen.module, dict(specimen.inputs)[""]).stream())]
-    [0.9, 1.2, 0.9, 1.2]
+    >>> found = factors_of(discover(specimen.module, dict(specimen.inputs)[""]).stream())
+    >>> found.skips, found.writes
+    ((0.9, 1.2, 0.9, 1.2), (1.0, 1.0, 1.0, 1.0))
     """
     inputs = {norm.state: norm.input for norm in stream.norms if norm.state is not None}
-    return tuple(_factor(stream, index, inputs.get(index + 1), parameters or {}) for index in range(len(stream.steps)))
+    own = {n: parameters[n].detach().cpu() for n in parameter_names(stream) if parameters and n in parameters}
+    terms = tuple(f"@part:{i}" for i in range(len(stream.parts)))
+    parts = _read_off(stream, _until(stream.embedding, inputs.get(0)), terms, own, "the embedding")
+    skips: list[Factor] = []
+    writes: dict[int, Factor] = {}
+    for index, step in enumerate(stream.steps):
+        terms = ("@state", *(f"@write:{s}" for s in step.sublayers))
+        summing = _until(step.instructions, inputs.get(index + 1))
+        skip, *found = _read_off(stream, summing, terms, own, f"step {index}")
+        skips.append(skip)
+        writes |= dict(zip(step.sublayers, found, strict=True))
+    return Factors(tuple(parts), tuple(skips), tuple(writes[s.index] for s in stream.sublayers))
 
 
-def _factor(stream: Stream, index: int, norm_input: str | None, parameters: Mapping[str, Tensor]) -> Factor:
-    step = stream.steps[index]
-    summing = _until(step.instructions, norm_input)
-    learned = parameters.get(step.scale) if isinstance(step.scale, str) else None
-    one = torch.ones(1, stream.d_model, device=None if learned is None else learned.device)
-    values = {"@state": one, **{f"@write:{s}": torch.zeros_like(one) for s in step.sublayers}}
-    try:
-        result = run(summing, values, parameters)[norm_input or last(summing, "@state")]
-    except FormatError as error:
-        raise MissingDataError(
-            f"step {index} of stream {stream.name!r} scales its skip by a learned factor that is not here: {error}"
-        ) from error
-    row = result.reshape(-1)
-    return float(row[0]) if bool((row == row[0]).all()) else row
+def _read_off(
+    stream: Stream,
+    summing: Sequence[Instruction],
+    terms: Sequence[str],
+    parameters: Mapping[str, Tensor],
+    where: str,
+) -> list[Factor]:
+    """What a sum makes of each term where the others are zero."""
+    one = torch.ones(1, stream.d_model, dtype=torch.float64)
+    found: list[Factor] = []
+    for term in terms:
+        values = {other: one if other == term else torch.zeros_like(one) for other in terms}
+        try:
+            row = run(summing, values, parameters)[last(summing, terms[0])].reshape(-1)
+        except FormatError as error:
+            raise MissingDataError(
+                f"{where} of stream {stream.name!r} is scaled by a learned factor that is not here: {error}"
+            ) from error
+        found.append(float(row[0]) if bool((row == row[0]).all()) else row.double())
+    return found
 
 
 def _until(instructions: Sequence[Instruction], output: str | None) -> Sequence[Instruction]:
-    """The instructions up to the one that makes `output`."""
-    for number, instruction in enumerate(instructions):
-        if instruction.output == output:
-            return instructions[: number + 1]
-    return instructions
+    """The instructions up to the one that makes `output`: all, if that is None, and none, if it is there already."""
+    if output is None:
+        return instructions
+    outputs = [i.output for i in instructions]
+    return instructions[: outputs.index(output) + 1] if output in outputs else ()
 
 
 def _through(
@@ -204,10 +273,8 @@ def _through(
     norm = norms.get(state)
     if norm is None:
         return parts
-    vectors = parts[0].vectors
-    norm, rstd = _cast(norm, vectors.dtype), rstds[state].to(vectors.dtype)
-    moved = [replace(p, vectors=norm.linear(p.vectors, rstd)) for p in parts]
-    return [*moved, _bias(stream, norm, state, vectors)]
+    moved = [replace(p, vectors=norm.linear(p.vectors, rstds[state])) for p in parts]
+    return [*moved, _bias(stream, norm, state, parts[0].vectors)]
 
 
 def _bias(stream: Stream, norm: FrozenNorm, state: int, like: Tensor) -> Summand:
@@ -220,13 +287,16 @@ def _rstds(stream: Stream, norms: Mapping[int, FrozenNorm], block: Block) -> dic
     return {n.state: block.norms[i][1] for i, n in enumerate(stream.norms) if n.state in norms}  # type: ignore[misc]
 
 
-def _cast(norm: FrozenNorm, dtype: torch.dtype) -> FrozenNorm:
-    return FrozenNorm(norm.centred, norm.gain.to(dtype), norm.bias.to(dtype))
+def _demand(stream: Stream, state: Tensor, error: Tensor) -> None:
+    """Refuse terms that do not sum to the last state: each step may round it once."""
+    allowed = max(1e-4, 2.0 * len(stream.steps) ** 0.5 * torch.finfo(state.dtype).eps)
+    if not float(error) <= allowed:
+        raise MissingDataError(
+            f"the terms of stream {stream.name!r} do not sum to its last state: relative L2 error {float(error):.2g}, "
+            f"where rounding explains {allowed:.1g}. Something that is neither a sum, nor a constant factor, nor one "
+            f"norm happens to the stream between two states, so its terms have no shares"
+        )
 
 
 def _is_one(factor: Factor) -> bool:
     return isinstance(factor, float) and factor == 1.0
-
-
-def _like(factor: Factor, vectors: Tensor) -> Factor:
-    return factor.to(vectors) if isinstance(factor, Tensor) else factor

@@ -18,7 +18,7 @@ from streamlens.analyses.position import sums as position_sums
 from streamlens.analyses.position.door import PositionResult, positional_persistence, result_of
 from streamlens.analyses.position.sums import PositionSums, Split, null_band, relative_norm, split, sums_of
 from streamlens.analyses.source import Source, source_of
-from streamlens.analyses.transport import skip_factors, transported
+from streamlens.analyses.transport import factors_of, transported
 from streamlens.errors import MissingDataError, UsageError
 from tests.conftest import case, taken
 
@@ -187,7 +187,7 @@ class TestOrigin:
         found = positional_persistence(source, progress=False)
         np.testing.assert_allclose(np.nansum(found.origin, axis=1), 1.0, atol=2e-5)
         blocks = list(source.blocks())
-        norms, factors = stream_norms(source.stream, source.parameters), skip_factors(source.stream, source.parameters)
+        norms, factors = stream_norms(source.stream, source.parameters), factors_of(source.stream, source.parameters)
         walks = [list(transported(source.stream, norms, b, factors=factors, dtype=torch.float64)) for b in blocks]
         for k in range(len(found.states)):
             state = _positional(torch.cat([b.states[k].view(*b.shape, -1) for b in blocks]))

@@ -19,7 +19,7 @@ from streamlens.analyses.position.lesion import LesionResult, position_lesion
 from streamlens.analyses.position.sums import sums_of
 from streamlens.analyses.position.theatre import Lesion, Theatre, Tokens
 from streamlens.analyses.source import source_of
-from streamlens.analyses.transport import skip_factors
+from streamlens.analyses.transport import factors_of
 from streamlens.errors import MissingDataError, UsageError
 from tests.conftest import case
 
@@ -66,12 +66,12 @@ def test_the_state_after_is_the_scaled_skip_plus_all_its_writes(name: str) -> No
     """Streams without norms: x_{s+1} = alpha c x_s + the writes, which read the intact state."""
     found = case(name)
     source = source_of(found.module, inputs=found.inputs)
-    factors = skip_factors(source.stream, source.parameters)
+    factors = factors_of(source.stream, source.parameters)
     lesions = [Lesion("scale", s, "", 0.3) for s in range(len(source.stream.steps))]
     _, _, theatre = played(found.module, lesions, inputs=found.inputs)
     (block,) = source.blocks()
     for number, step in enumerate(source.stream.steps):
-        expected = 0.3 * factors[number] * block.states[number] + sum(block.writes[s] for s in step.sublayers)
+        expected = 0.3 * factors.skips[number] * block.states[number] + sum(block.writes[s] for s in step.sublayers)
         docs = expected.view(*block.shape, -1).double().sum(0)
         torch.testing.assert_close(theatre.sums[number].sums[number + 1], docs, rtol=1e-5, atol=1e-4)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fixtures.recipe import D_MODEL
 from streamlens.analyses.frozen import FrozenNorm, stream_norms
 from streamlens.analyses.source import Source, source_of
-from streamlens.analyses.transport import BIAS, Summand, pulled_back, skip_factors, transported
+from streamlens.analyses.transport import BIAS, Summand, pulled_back, factors_of, transported
 from streamlens.block import Block
 from streamlens.errors import MissingDataError
 from streamlens.proof import relative_error
@@ -29,7 +29,7 @@ def opened(name: str) -> Source:
 
 def walk(source: Source, block: Block, **options: Any) -> list[list[Summand]]:
     norms = stream_norms(source.stream, source.parameters)
-    factors = skip_factors(source.stream, source.parameters)
+    factors = factors_of(source.stream, source.parameters)
     return list(transported(source.stream, norms, block, factors=factors, **options))
 
 
@@ -57,7 +57,7 @@ def test_what_nothing_changes_is_not_copied(name: str) -> None:
 def test_the_adjoint_gives_each_term_the_same_contribution(name: str) -> None:
     source = opened(name)
     block = next(iter(source.blocks()))
-    norms, factors = stream_norms(source.stream, source.parameters), skip_factors(source.stream, source.parameters)
+    norms, factors = stream_norms(source.stream, source.parameters), factors_of(source.stream, source.parameters)
     walked = walk(source, block, dtype=torch.float64)
     torch.manual_seed(0)
     for state in (0, 1, len(walked) - 1):
@@ -111,13 +111,13 @@ def test_float64_is_exact_and_equals_a_product_of_matrices() -> None:
 def test_a_learned_factor_needs_its_value() -> None:
     stream = case("scaled_skip_parameter").anatomy.stream()
     with pytest.raises(MissingDataError, match="learned factor"):
-        skip_factors(stream)
+        factors_of(stream)
 
 
 def test_factors_are_the_models_own() -> None:
     found = case("scaled_skip_parameter")
     module: Any = found.module
     expected = [float(lam) for layer in module.layers for lam in layer.lam]
-    assert list(skip_factors(found.anatomy.stream(), dict(module.named_parameters()))) == pytest.approx(expected)
-    assert skip_factors(case("deepnorm").anatomy.stream()) == (1.5,) * 4
-    assert skip_factors(case("bert").anatomy.stream()) == (1.0,) * 4
+    assert factors_of(found.anatomy.stream(), dict(module.named_parameters())).skips == pytest.approx(expected)
+    assert factors_of(case("deepnorm").anatomy.stream()).skips == (1.5,) * 4
+    assert factors_of(case("bert").anatomy.stream()).plain

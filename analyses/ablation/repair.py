@@ -7,7 +7,8 @@ share of the norm: Rushing and Nanda 2402.15390):
 
 ``direct`` is what the write itself gave, along the frozen norms to the end; ``indirect`` what all later sublayers write
 less without it (negative where they make up for it: self-repair); ``norm`` what changes because the norms' statistics
-do. Where the stream passes norms, all of them count, not the final one alone.
+do. Where the stream passes norms, all of them count, not the final one alone. The total on the left is measured: the
+model runs without the write, and its own norm and unembedding are applied to the state that it ends in.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from streamlens.analyses.ablation.runs import Runs, Setting, running
 from streamlens.analyses.ablation.scores import Scores, Tally
 from streamlens.analyses.ablation.spans import Drop, every, extent
 from streamlens.analyses.ablation.trials import explained
-from streamlens.analyses.frozen import FrozenNorm, stream_norms
+from streamlens.analyses.frozen import stream_norms
 from streamlens.analyses.result import Result
 from streamlens.analyses.source import Corpus, Origin, Source, source_of, target_ids, watched
 from streamlens.analyses.statistics import Floats
+from streamlens.analyses.transport import demand_sum, factors_of, times
 from streamlens.analyses.unembedding import Unembedding
 from streamlens.anatomy import Stream
 from streamlens.block import Block
@@ -102,24 +104,29 @@ class Effects:
         self._setting = Setting.of(source)
         self._unembedding = Unembedding(source)
         self._norms = stream_norms(source.stream, self._setting.parameters)
+        self._factors = factors_of(source.stream, self._setting.parameters)
+        self._place = {norm.state: index for index, norm in enumerate(source.stream.norms)}
         self._tally = Tally(len(units), EFFECTS)
         self._response = np.zeros((len(units), len(source.stream.sublayers)))
         self._count = 0.0
 
     def update(self, block: Block) -> None:
         """Run every unit on one more block."""
+        if block.start == 0:
+            demand_sum(self._source.stream, self._norms, block, self._factors)
         runs = Runs(self._setting, block, self._source.inputs(block))
         docs, positions = runs.shape
         targets = target_ids(self._source, block)
         known = (targets >= 0).reshape(docs, positions)
         with running():
-            last = self._unembedding.directions(block, targets, centred=False).double()
+            last = self._unembedding.directions(block, targets, centred=False).to(self._setting.device).double()
             chain = self._directions(block, last)
+            whole = self._unembedding.target_logit(block.states[-1], targets).double()
             self._tally.begin(block.start, block.doc.reshape(docs, positions)[:, 0], None)
             counted = (known & (torch.arange(positions) > 0)).flatten().to(last.device)
             self._count += float(counted.sum())
             for index, unit in enumerate(self._units):
-                found, response = self._effects(runs, unit, chain)
+                found, response = self._effects(runs, unit, chain, whole, targets)
                 for sublayer, values in response.items():
                     self._response[index, sublayer] += float(values[counted].sum())
                 laid_out = {
@@ -143,57 +150,47 @@ class Effects:
 
     def _directions(self, block: Block, last: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each step the direction of its sum and of its state: (token, d_model) before and after its norm."""
-        stream, after = self._source.stream, last
+        after = last
         found: list[tuple[Tensor, Tensor]] = []
-        for step in reversed(range(len(stream.steps))):
-            norm = self._norms.get(step + 1)
+        for step in reversed(range(len(self._source.stream.steps))):
             before = after
-            if norm is not None:
-                rstd = block.norms[self._norm_index(step + 1)][1].to(after.device).double()
-                before = _double(norm).adjoint(after, rstd)
+            if step + 1 in self._norms:
+                before = self._norms[step + 1].adjoint(after, block.norms[self._place[step + 1]][1])
             found.append((before, after))
-            after = before * self._scale(step)
+            after = times(before, self._factors.skips[step])
         return found[::-1]
 
-    def _scale(self, step: int) -> float | Tensor:
-        scale = self._source.stream.steps[step].scale
-        if isinstance(scale, str):
-            return self._setting.parameters[scale].double()
-        return 1.0 if scale is None else scale
-
-    def _norm_index(self, state: int) -> int:
-        return next(i for i, norm in enumerate(self._source.stream.norms) if norm.state == state)
-
     def _effects(
-        self, runs: Runs, unit: Drop, chain: list[tuple[Tensor, Tensor]]
+        self, runs: Runs, unit: Drop, chain: list[tuple[Tensor, Tensor]], whole: Tensor, targets: Tensor
     ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """Return each effect, and what each later sublayer gives less, (token,) float64."""
         stream, block, device = self._source.stream, runs.block, self._setting.device
-        first = extent(stream, unit)[0]
+        first, final = extent(stream, unit)[0], len(stream.steps)
         states, writes = self._without(runs, unit)
-        gone = set(unit.sublayers)
         direct, indirect, norms = (torch.zeros(block.stop - block.start, device=device).double() for _ in range(3))
         response: dict[int, Tensor] = {}
-        for step in range(first, len(stream.steps)):
-            direction = chain[step][0]
+        for step in range(first, final):
+            direction, total = chain[step][0], times(states[step], self._factors.skips[step])
             for s in stream.steps[step].sublayers:
-                lost = ((block.writes[s].to(device).double() - writes[s]) * direction).sum(-1)
-                if s in gone:
+                factor = self._factors.writes[s]
+                lost = (times(block.writes[s].to(device).double() - writes[s], factor) * direction).sum(-1)
+                if s in unit.sublayers:
                     direct += lost
                 else:
                     indirect += lost
                     response[s] = lost
+                total = total + times(writes[s], factor)
             if step + 1 in self._norms:
-                total = states[step] * self._scale(step) + sum(writes[s] for s in stream.steps[step].sublayers)
-                norms += self._shift(block, self._norm_index(step + 1), direction, total)
+                norms += self._shift(block, self._place[step + 1], direction, total)
         if self._unembedding.index is not None:
-            norms += self._shift(block, self._unembedding.index, chain[-1][1], states[len(stream.steps)])
-        found = {"direct": direct, "indirect": indirect, "norm": norms, "total": direct + indirect + norms}
-        return found, response
+            norms += self._shift(block, self._unembedding.index, chain[-1][1], states[final])
+        change = whole - self._unembedding.target_logit(states[final], targets).double()
+        total = torch.where((targets >= 0).to(device), change, 0.0)
+        return {"direct": direct, "indirect": indirect, "norm": norms, "total": total}, response
 
     def _shift(self, block: Block, index: int, direction: Tensor, changed: Tensor) -> Tensor:
         """What a norm gives less because its statistics changed: ((A - A') v') along what comes after it."""
-        rstd = block.norms[index][1].to(changed.device).double()
+        rstd = block.norms[index][1].to(changed)
         new = norm_statistics(self._source.stream.norms[index], changed)[1].double()
         return (direction * changed).sum(-1) * (1.0 - new / rstd)
 
@@ -231,10 +228,6 @@ def _until(stream: Stream, unit: Drop, stop: int) -> Drop:
     return replace(unit, sublayers=tuple(s for s in unit.sublayers if s in earlier))
 
 
-def _double(norm: FrozenNorm) -> FrozenNorm:
-    return FrozenNorm(norm.centred, norm.gain.double(), norm.bias.double())
-
-
 def effects(
     origin: Origin,
     *,
@@ -257,11 +250,12 @@ def effects(
         **corpus: for a live model: what it is shown, as in `streamlens.capture`.
 
     Returns:
-        Means in logits, before a soft-cap; direct + indirect + norm is the change of the logit up to rounding.
+        Means in logits, before a soft-cap. The total is measured in the run without the write; direct, indirect and
+        norm effect add up to it but for rounding (about 1e-6 of a logit in float32, 1e-2 in bfloat16).
 
     Raises:
         UsageError: other units.
-        MissingDataError: no logits, or no linear way to them.
+        MissingDataError: no logits, no linear way to them, or a stream whose terms do not add up.
 
     Example:
         >>> from fixtures import planted

@@ -19,7 +19,7 @@ from streamlens.analyses.norms.answer import NormsResult
 from streamlens.analyses.norms.measures import MEASURES, Contribution, pair, proximities
 from streamlens.analyses.source import Source, target_ids
 from streamlens.analyses.statistics import Moments, Quantiles
-from streamlens.analyses.transport import BIAS, pulled_back, skip_factors
+from streamlens.analyses.transport import BIAS, demand_sum, factors_of, pulled_back, times
 from streamlens.analyses.unembedding import Unembedding
 from streamlens.block import Block
 from streamlens.errors import MissingDataError
@@ -54,8 +54,8 @@ class ContributionNorms:
         """
         self.source, self.stream = source, source.stream
         self._norms = stream_norms(self.stream, source.parameters)
-        self._factors = skip_factors(self.stream, source.parameters)
-        self._plain = not self._norms and all(isinstance(f, float) and f == 1.0 for f in self._factors)
+        self._factors = factors_of(self.stream, source.parameters)
+        self._plain = not self._norms and self._factors.plain
         self._centred = any(n.state is None and n.form == "layer_norm" for n in self.stream.norms)
         self._projections, self._unembedding = projections or {}, unembedding
         self._sample, self.tokens = sample, 0
@@ -70,6 +70,8 @@ class ContributionNorms:
 
     def update(self, block: Block) -> None:
         """Fold one block in."""
+        if block.start == 0:
+            demand_sum(self.stream, self._norms, block, self._factors)
         count = block.stop - block.start
         table = torch.full((len(self.contributions), len(MEASURES), count), torch.nan)
         _Walk(self, block, table).run()
@@ -150,8 +152,8 @@ class ContributionNorms:
         """The factor by which norms and factors change the size of x_0 on its way along the skips alone."""
         rstds = {n.state: block.norms[i][1] for i, n in enumerate(self.stream.norms)}
         first = state = block.states[0].float()
-        for index, factor in enumerate(self._factors):
-            state = state * factor
+        for index, factor in enumerate(self._factors.skips):
+            state = times(state, factor)
             if index + 1 in self._norms:
                 state = self._norms[index + 1].linear(state, rstds[index + 1])
         kept = block.position != 0
@@ -250,7 +252,9 @@ class _Walk:
             # y is the next state, y - w the one before: their sizes are known.
             whole, without = self.state_absolute[index + 1], [self.absolute[sublayers[0]], self.state_absolute[index]]
         else:
-            terms = [state * self.norms._factors[index], *writes]
+            factors = self.norms._factors
+            scaled = [times(w, factors.writes[s]) for s, w in zip(sublayers, writes, strict=True)]
+            terms = [times(state, factors.skips[index]), *scaled]
             total = torch.stack(terms).sum(0)
             whole, without = _absolute(total), [_absolute(total - term) for term in terms]
         for s, share in zip(sublayers, proximities(whole, without)[1:], strict=True):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streamlens.analyses.frozen import FrozenNorm, stream_norms
 from streamlens.analyses.source import Source
-from streamlens.analyses.transport import BIAS, Factor, Summand, skip_factors, transported
+from streamlens.analyses.transport import BIAS, Factors, Summand, factors_of, transported
 from streamlens.anatomy import Stream
 from streamlens.block import Block
 from streamlens.errors import MissingDataError
@@ -76,7 +76,7 @@ class PositionSums:
         positions: how many positions of each document are looked at, from 0.
         first: the first position that counts, 0 or 1.
         norms: the norms that the stream passes (`stream_norms`).
-        factors: the factors on its skips (`skip_factors`).
+        factors: the factors on its sums (`factors_of`).
         origins: whether to follow the terms of each state, too; without it only states are read.
         states: which states to look at; by default all.
     """
@@ -88,7 +88,7 @@ class PositionSums:
         *,
         first: int = 1,
         norms: Mapping[int, FrozenNorm] | None = None,
-        factors: Sequence[Factor] = (),
+        factors: Factors | None = None,
         origins: bool = True,
         states: Sequence[int] | None = None,
     ) -> None:
@@ -289,7 +289,7 @@ def sums_of(
         MissingDataError: no document is long enough, or something was left out of the capture.
     """
     norms = stream_norms(source.stream, source.parameters) if origins else {}
-    factors = skip_factors(source.stream, source.parameters) if origins else ()
+    factors = factors_of(source.stream, source.parameters) if origins else None
     found: PositionSums | None = None
     for block in blocks:
         if found is None:

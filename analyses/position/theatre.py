@@ -17,7 +17,7 @@ from streamlens.analyses.position.sample import Sample
 from streamlens.analyses.position.sums import MOST_POSITIONS, PositionSums, Rectangle, first_length
 from streamlens.analyses.source import Source
 from streamlens.analyses.statistics import Floats
-from streamlens.analyses.transport import Factor, skip_factors
+from streamlens.analyses.transport import Factors, factors_of, times
 from streamlens.anatomy import Stream
 from streamlens.block import Block
 from streamlens.observation import Observer, observing, tokens
@@ -110,7 +110,7 @@ class Theatre:
     energy: Floats = field(init=False)
     """(lesion, 2) sum of the squared norms of what was removed, and number of tokens."""
     sums: list[PositionSums] = field(init=False)
-    factors: Sequence[Factor] = field(init=False)
+    factors: Factors = field(init=False)
 
     def __post_init__(self) -> None:
         stream, last = self.source.stream, len(self.source.stream.steps)
@@ -119,7 +119,7 @@ class Theatre:
             PositionSums(stream, self.base.positions, states=range(x.step + 1, last + 1), **shape)  # type: ignore[arg-type]
             for x in self.lesions
         ]
-        self.factors = skip_factors(stream, self.source.parameters)
+        self.factors = factors_of(stream, self.source.parameters)
         self.last = last
         self.energy = np.zeros((len(self.lesions), 2))
 
@@ -153,13 +153,14 @@ class Theatre:
             score(number, output)
 
     def _removed(self, number: int, lesion: Lesion, state: Tensor) -> Tensor:
-        factor = self.factors[lesion.step]
         removed = lesion.removed(state)
         if self.setting.protect_first:
             removed = torch.cat([torch.zeros_like(removed[:, :1]), removed[:, 1:]], dim=1)
         counted = removed[:, self.base.first :].double()
         self.energy[number] += np.array([float(counted.square().sum()), counted.numel() / counted.shape[-1]])
-        return removed * (factor if isinstance(factor, float) else factor.to(removed))
+        first = self.source.stream.steps[lesion.step].sublayers[0]
+        # It is taken from a write, which may have a factor of its own.
+        return times(times(removed, self.factors.skips[lesion.step]), 1.0 / self.factors.writes[first])
 
     def _keep(self, number: int, index: int, flat: Tensor) -> None:
         wanted = index == self.last or number < 0 or index == self.lesions[number].step + 1
