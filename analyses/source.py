@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -53,7 +54,10 @@ class Source(Protocol):
 
     @property
     def causal(self) -> bool:
-        """Whether the target of a token is the next one (else it is the token itself)."""
+        """Whether the stream is blind to later positions, so that the target of a token is the next one.
+
+        In a stream that sees both sides it is the token itself.
+        """
 
     @property
     def description(self) -> str:
@@ -118,8 +122,8 @@ class CaptureSource:
 
     @property
     def causal(self) -> bool:
-        """As the pilot run found it."""
-        return bool(self.capture.attrs["causal"])
+        """As the pilot run found it in the output: that says nothing of a stream that the head does not read."""
+        return bool(self.capture.attrs["causal"]) and self.stream.name == self.anatomy.head.stream
 
     @property
     def description(self) -> str:
@@ -144,14 +148,28 @@ class CaptureSource:
         """Return the arguments of forward that give this block.
 
         Raises:
-            MissingDataError: the capture was not made from token ids, or not from whole windows.
+            MissingDataError: from what the file holds, the model would not compute these states again: it was made from
+                more than token ids, or positions are missing on which they depend.
         """
+        attrs, path = self.capture.attrs, self.capture.path
+        advice = "run this on the live model with the same inputs"
         if bool((block.ids < 0).any()):
             raise MissingDataError(
-                f"{self.capture.path} was made from inputs that are not token ids, which it does not keep: run this "
-                f"on the live model with the same inputs"
+                f"{path} was made from inputs that are not token ids, which it does not keep: {advice}"
             )
-        return _token_inputs(self, block)
+        if further := json.loads(str(attrs.get("further_inputs", "[]"))):
+            raise MissingDataError(
+                f"{path} was made from inputs that token ids alone do not give ({', '.join(further)}): {advice}"
+            )
+        # The first positions of a window are enough where nothing looks ahead; an encoder beside the decoder does.
+        looks_ahead = not attrs["causal"] or len(self.anatomy.streams) > 1
+        if int(block.position[0]) != 0:
+            lacks = "does not begin at position 0"
+        elif looks_ahead and not attrs.get("whole_windows", True):
+            lacks = "lacks later positions, which this model looks at"
+        else:
+            return _token_inputs(self, block)
+        raise MissingDataError(f"{path} {lacks}, so the model cannot run on it: capture without --positions")
 
 
 @dataclass
@@ -184,8 +202,8 @@ class LiveSource:
 
     @property
     def causal(self) -> bool:
-        """As the pilot run found it."""
-        return self.plan.pilot.causal
+        """As the pilot run found it in the output: that says nothing of a stream that the head does not read."""
+        return self.plan.pilot.causal and self.stream.name == self.anatomy.head.stream
 
     @property
     def description(self) -> str:

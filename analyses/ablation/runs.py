@@ -21,7 +21,7 @@ from streamlens.anatomy import Anatomy, Stream
 from streamlens.block import Block
 from streamlens.calling import Inputs, eager_math
 from streamlens.edits import Change, edit, run_between, run_from
-from streamlens.errors import MissingDataError, UsageError
+from streamlens.errors import UsageError
 from streamlens.observation import tokens
 from streamlens.recorder.pilot import first_weight, parameters_of
 from streamlens.replay import advance
@@ -139,18 +139,8 @@ class Runs:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """Documents and positions of the block.
-
-        Raises:
-            MissingDataError: the first positions of the documents are not there.
-        """
-        shape = self.block.shape
-        if int(self.block.position[0]) != 0:
-            raise MissingDataError(
-                f"tokens {self.block.start} to {self.block.stop} do not begin at position 0, so the model cannot run "
-                f"on them: capture without --positions"
-            )
-        return shape
+        """Documents and positions of the block."""
+        return self.block.shape
 
     @property
     def last(self) -> int:
@@ -286,7 +276,7 @@ class Runs:
             y = advance(stream, step, x, writes, self.setting.parameters).reshape(x.shape)
         if not self.setting.protect_first:
             return y
-        # In a causal model nothing that comes later can change position 0, so the stored state still holds there.
+        # In a causal stream nothing that comes later can change position 0, so the stored state still holds there.
         whole = self.state(step + 1) if clean or self.setting.causal else self.between(step, x, step + 1)
         return torch.cat([whole[:, :1], y[:, 1:]], dim=1)
 

@@ -21,7 +21,14 @@ from streamlens.discovery.layout import main_input
 from streamlens.errors import UsageError
 from streamlens.progress import Progress
 from streamlens.recorder.blocks import record
-from streamlens.recorder.feed import Feed, feed_inputs, feed_windows, probe_of_inputs, probe_of_windows
+from streamlens.recorder.feed import (
+    Feed,
+    feed_inputs,
+    feed_windows,
+    probe_of_inputs,
+    probe_of_windows,
+    refuse_padding,
+)
 from streamlens.recorder.pilot import Pilot, first_weight, fly, parameters_of
 from streamlens.recorder.plan import Choice, Plan
 from streamlens.store.layout import dtype_name
@@ -187,10 +194,12 @@ def _with_inputs(module: nn.Module, inputs: Any, batch_tokens: int, choice: Choi
     position_first = pilot.anatomy.stream().position_first
     if position_first:
         pilot = fly(module, probe_of_inputs(inputs, True))
+    anatomy = pilot.anatomy
+    every = [s.name for s in anatomy.streams]
+    refuse_padding(inputs, anatomy, every if choice.streams is None else choice.streams or [anatomy.head.stream])
     docs = main_input(inputs)[1].shape[1 if position_first else 0]
-    stream = pilot.anatomy.stream((choice.streams or (None,))[0])
-    positions = pilot.positions[stream.name]
-    return pilot, feed_inputs(inputs, docs, positions, batch_tokens, position_first)
+    positions = pilot.positions[anatomy.stream((choice.streams or (None,))[0]).name]
+    return pilot, feed_inputs(module, inputs, docs, positions, batch_tokens, position_first)
 
 
 def run(
@@ -267,6 +276,8 @@ def _attributes(model: Model, plan: Plan, seed: int, command: str) -> dict[str, 
         "tokenizer_sha256": "" if tokenizer is None else tokenizer.fingerprint,
         "text": plan.feed.description,
         "text_sha256": plan.feed.sha256,
+        "further_inputs": json.dumps(plan.feed.further),
+        "whole_windows": int(plan.keep.all()),
         "dtype": dtype_name(weight.dtype),
         "device": str(weight.device.type),
         "seed": seed,
