@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
+from streamlens.cli.output import human, print_notes
+from streamlens.errors import UsageError
 
-_SHORT = ("label", "relative_write", "cosine", "block_influence", "proximity", "projection_share", "logit_attribution")
+if TYPE_CHECKING:
+    from streamlens.analyses.norms.answer import NormsResult
+
+_SHORT = (
+    "label", "relative_write", "cosine", "block_influence", "proximity", "projection_share", "final_frame_norm",
+    "logit_attribution",
+)  # fmt: skip
 
 
 @click.command("norms")
@@ -16,7 +24,17 @@ _SHORT = ("label", "relative_write", "cosine", "block_influence", "proximity", "
 @click.option("--heads", is_flag=True, help="Also every attention head; a capture needs --heads, too.")
 @click.option("--logits", is_flag=True, help="Also attribute the target's logit directly to every write.")
 @click.option("--layers-only", is_flag=True, help="Show the rows of whole layers alone.")
-def command(origin: OriginOptions, show: ShowOptions, heads: bool, logits: bool, layers_only: bool) -> None:
+@click.option("--states", is_flag=True, help="Show the size of every state, what skips keep of it, and who stands out.")
+@click.option("--cosines", is_flag=True, help="Show which writes point the same way, and which cancel each other.")
+def command(
+    origin: OriginOptions,
+    show: ShowOptions,
+    heads: bool,
+    logits: bool,
+    layers_only: bool,
+    states: bool,
+    cosines: bool,
+) -> None:
     """Measure what every sublayer of SOURCE, a capture or a model, adds to the stream.
 
     Means over tokens without position 0, whose size drowns all others in many models; --json has the medians,
@@ -27,12 +45,33 @@ def command(origin: OriginOptions, show: ShowOptions, heads: bool, logits: bool,
       streamlens norms                       # the newest capture here
       streamlens norms model.h5 --plot norms.pdf
       streamlens norms model.pt --heads --logits --json
+      streamlens norms model.h5 --states --plot depth.pdf
+      streamlens norms model.h5 --cosines --json
     """  # noqa: D301 - click reads the \b
+    rows_of_writes = {"--heads": heads, "--logits": logits, "--layers-only": layers_only}
+    given = [name for name, asked in rows_of_writes.items() if asked]
+    if states and cosines:
+        raise UsageError("--states and --cosines are two tables: ask for one")
+    if (states or cosines) and given:
+        raise UsageError(f"{', '.join(given)} choose rows of writes, which --states and --cosines do not show")
     from streamlens.analyses.norms.door import contribution_norms
 
     result = contribution_norms(origin.open(heads=heads), heads=heads, logits=logits)
-    rows: list[dict[str, Any]] = []
-    for row in result.rows():
-        if not layers_only or row["kind"] == "layer":
-            rows.append({key: row[key] for key in _SHORT if key != "logit_attribution" or logits})
-    show.show("norms", result, rows)
+    if states:
+        print_notes([f"the mean size grows by a factor of {human(result.states.growth)} in each layer"])
+        show.show("norms", result.states, result.states.short_rows())
+    elif cosines:
+        show.show("norms", result.cosines, result.cosines.short_rows())
+    else:
+        show.show("norms", result, _short(result, layers_only=layers_only, logits=logits))
+
+
+def _short(result: NormsResult, *, layers_only: bool, logits: bool) -> list[dict[str, Any]]:
+    """The columns that fit a terminal."""
+    own_frame = bool((result.states.forgetting_factor[1:] != 1).any())
+    left_out = {name for name, there in (("logit_attribution", logits), ("final_frame_norm", own_frame)) if not there}
+    return [
+        {key: row[key] for key in _SHORT if key not in left_out}
+        for row in result.rows()
+        if not layers_only or row["kind"] == "layer"
+    ]

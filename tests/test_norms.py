@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
@@ -94,7 +95,9 @@ def test_shares_of_the_last_state_sum_to_one(name: str) -> None:
         shares = result.column("projection_share")
         total = sum(s for s, c in zip(shares, result.contributions, strict=True) if c.kind not in OVERLAPPING)
         assert total == pytest.approx(1.0, abs=3e-6)
-        assert {c.kind for c in result.contributions} >= {"embed", "layer"}
+        labels = [c.label for c in result.contributions if c.kind not in OVERLAPPING]
+        biases = [f"bias:{n.label}" for n in stream.norms if n.state is not None]
+        assert labels == [p.label for p in stream.parts] + list(stream.labels) + biases
 
 
 @pytest.mark.parametrize("name", ["bert", "user_post_norm"])
@@ -229,7 +232,7 @@ def test_cosines_between_writes_against_a_plain_loop() -> None:
         for j, second in enumerate(block.writes):
             truth = torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=-1)
             truth = truth[block.position > 0].mean()
-            assert result.cosines[i, j] == pytest.approx(float(truth), abs=1e-5)
+            assert result.cosines.matrix[i, j] == pytest.approx(float(truth), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -261,7 +264,8 @@ def test_two_halves_merged_are_the_whole(tmp_path: Path) -> None:
         merged, together = first.result(), whole.result()
         np.testing.assert_allclose(merged.mean, together.mean, rtol=1e-12)
         np.testing.assert_array_equal(merged.median, together.median)
-        np.testing.assert_allclose(merged.cosines, together.cosines, rtol=1e-12)
+        pd.testing.assert_frame_equal(merged.states.to_frame(), together.states.to_frame())
+        np.testing.assert_allclose(merged.cosines.matrix, together.cosines.matrix, rtol=1e-12)
 
 
 def test_the_scale_law() -> None:
@@ -317,13 +321,3 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("x.h5").unlink()
     run = CliRunner().invoke(main, ["norms"])
     assert (run.exit_code, "no capture is here: run `streamlens capture MODEL` first" in run.stderr) == (2, True)
-
-
-def test_the_result_shows_itself() -> None:
-    result = norms_of(source_for(case("gpt2")))
-    page = result._repr_html_()
-    assert "<svg" in page
-    assert "relative_write" in page
-    assert len(result.to_frame()) == len(result.contributions)
-    for draw in (result.plot, result.plot_shares, result.plot_cosines):
-        assert draw().get_xlabel() or draw().get_ylabel() or draw().get_title(loc="left")

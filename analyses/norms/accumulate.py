@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from einops import einsum
 from torch import Tensor
@@ -16,20 +15,30 @@ from torch import Tensor
 from streamlens.analyses.frozen import stream_norms
 from streamlens.analyses.heads import Projection
 from streamlens.analyses.norms.answer import NormsResult
-from streamlens.analyses.norms.measures import MEASURES, Contribution, pair, proximities
+from streamlens.analyses.norms.cosines import WriteCosinesResult
+from streamlens.analyses.norms.measures import MEASURES, SUBLAYER_KINDS, Contribution, pair, proximities
+from streamlens.analyses.norms.states import StateTally
+from streamlens.analyses.sampling import some_rows
 from streamlens.analyses.source import Source, target_ids
 from streamlens.analyses.statistics import Moments, Quantiles
-from streamlens.analyses.transport import BIAS, demand_sum, factors_of, pulled_back, times
+from streamlens.analyses.transport import BIAS, demand_sum, factors_of, pulled_back, times, transported
 from streamlens.analyses.unembedding import Unembedding
 from streamlens.block import Block
 from streamlens.errors import MissingDataError
 
-_OUTLIER = 10.0
 _dot = torch.linalg.vecdot
+
+_FRAME_BYTES = 8 << 20
+"""Size of all terms of the tokens that are carried to the last state at once."""
 
 
 def _absolute(vectors: Tensor) -> Tensor:
     return vectors.abs().sum(-1)  # four times as fast as torch.linalg.vector_norm with ord=1
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    square: Tensor = _dot(vectors, vectors)
+    return square.sqrt()
 
 
 class ContributionNorms:
@@ -63,8 +72,7 @@ class ContributionNorms:
         self._row = {(c.kind, c.label): i for i, c in enumerate(self.contributions)}
         shape = len(self.contributions), len(MEASURES)
         self.without_first, self.with_first, self.quantiles = Moments(*shape), Moments(*shape), Quantiles(*shape)
-        self.states, self.gain = Moments(len(self.stream.steps) + 1), Moments(1)
-        self._spread = torch.zeros(len(self.stream.steps) + 1, self.stream.d_model, dtype=torch.float64)
+        self.states = StateTally(self.stream, self._norms, self._factors.skips)
         count = len(self.stream.sublayers)
         self._cosines, self._sampled = torch.zeros(count, count, dtype=torch.float64), 0
 
@@ -77,7 +85,7 @@ class ContributionNorms:
         _Walk(self, block, table).run()
         if not self._plain:
             self._walk_back(block, _direction(block, self._centred), "projection_share", table)
-            self._identity(block)
+            self._final_frame(block, table)
         if self._unembedding is not None:
             targets = target_ids(self.source, block)
             self._walk_back(block, self._unembedding.directions(block, targets), "logit_attribution", table)
@@ -90,9 +98,8 @@ class ContributionNorms:
 
     def merge(self, other: ContributionNorms) -> None:
         """Fold another partial result of the same stream in."""
-        for name in ("without_first", "with_first", "quantiles", "states", "gain"):
+        for name in ("without_first", "with_first", "quantiles", "states"):
             getattr(self, name).merge(getattr(other, name))
-        self._spread += other._spread
         self._cosines += other._cosines
         self._sampled += other._sampled
         self.tokens += other.tokens
@@ -101,22 +108,22 @@ class ContributionNorms:
         """Return what was found so far."""
         mean = self.without_first.mean
         write, read = MEASURES.index("write_norm"), MEASURES.index("read_norm")
-        rms = (self._spread / max(1, self._sampled)).sqrt()
-        flags = rms > _OUTLIER * rms.median(-1, keepdim=True).values
         return NormsResult(
-            title=self.source.description,
+            title=f"Contribution norms: {self.source.description}",
             contributions=self.contributions,
             mean=mean,
             mean_with_first=self.with_first.mean,
-            low=self.quantiles.at(0.25),
+            lower_quartile=self.quantiles.at(0.25),
             median=self.quantiles.at(0.5),
-            high=self.quantiles.at(0.75),
-            state_norm=self.states.mean,
+            upper_quartile=self.quantiles.at(0.75),
             ratio_of_means=mean[:, write] / mean[:, read],
-            identity_gain=float(self.gain.mean[0]) if not self._plain else 1.0,
-            labels=self.stream.labels,
-            cosines=(self._cosines / max(1, self._sampled)).numpy(),
-            outlier_dimensions=tuple(tuple(np.flatnonzero(row).tolist()) for row in flags.numpy()),
+            states=self.states.result(self.source.description),
+            cosines=WriteCosinesResult(
+                title=f"Cosines of writes: {self.source.description}",
+                labels=self.stream.labels,
+                matrix=(self._cosines / max(1, self._sampled)).numpy(),
+                tokens=self._sampled,
+            ),
             n_tokens=self.tokens,
         )
 
@@ -130,10 +137,10 @@ class ContributionNorms:
         rows += [Contribution(f"layer.{layer}", "layer", layer) for layer in range(self.stream.layers)]
         return tuple(rows)
 
-    def _put(self, table: Tensor, kind: str, label: str, **values: Tensor) -> None:
+    def _put(self, table: Tensor, kind: str, label: str, rows: Tensor | None = None, **values: Tensor) -> None:
         row = table[self._row[kind, label]]
         for measure, value in values.items():
-            row[MEASURES.index(measure)] = value
+            row[MEASURES.index(measure), slice(None) if rows is None else rows] = value
 
     def _walk_back(self, block: Block, direction: Tensor, measure: str, table: Tensor) -> None:
         """Measure every part along a direction at the last state, through all norms that it passes on its way."""
@@ -148,17 +155,24 @@ class ContributionNorms:
         for head, share in enumerate(shares):
             self._put(table, "head", f"{self.stream.sublayers[sublayer].label}.{head}", **{measure: share})
 
-    def _identity(self, block: Block) -> None:
-        """The factor by which norms and factors change the size of x_0 on its way along the skips alone."""
-        rstds = {n.state: block.norms[i][1] for i, n in enumerate(self.stream.norms)}
-        first = state = block.states[0].float()
-        for index, factor in enumerate(self._factors.skips):
-            state = times(state, factor)
-            if index + 1 in self._norms:
-                state = self._norms[index + 1].linear(state, rstds[index + 1])
-        kept = block.position != 0
-        norm = torch.linalg.vector_norm
-        self.gain.add((norm(state, dim=-1) / norm(first, dim=-1))[kept], 0)
+    def _final_frame(self, block: Block, table: Tensor) -> None:
+        """Measure every term as it stands in the last state, a few tokens at a time: all terms are there at once."""
+        terms = len(self.stream.parts) + len(self.stream.sublayers) + len(self._norms)
+        count = max(16, _FRAME_BYTES // (4 * terms * self.stream.d_model))
+        layer = {s.index: s.layer for s in self.stream.sublayers}
+        for start in range(0, block.stop - block.start, count):
+            rows = torch.arange(start, min(start + count, block.stop - block.start))
+            *_, last = transported(
+                self.stream, self._norms, some_rows(block, rows, block.start + start), factors=self._factors
+            )
+            sums: dict[int, Tensor] = {}
+            for summand in last:
+                self._put(table, summand.kind, summand.label, rows, final_frame_norm=_norm(summand.vectors))
+                if summand.kind in SUBLAYER_KINDS:
+                    own = layer[summand.index]
+                    sums[own] = sums[own] + summand.vectors if own in sums else summand.vectors
+            for own, vectors in sums.items():
+                self._put(table, "layer", f"layer.{own}", rows, final_frame_norm=_norm(vectors))
 
 
 def _direction(block: Block, centred: bool) -> Tensor:
@@ -183,26 +197,36 @@ class _Walk:
         """For each write, (sampled token, d_model) of length one."""
         count = len(self.stream.sublayers), block.stop - block.start
         self.square, self.absolute, self.along_read = (torch.empty(count) for _ in range(3))
-        """For each write: |w|^2, |w|_1, <w, the state that it read>."""
+        """For each write: |w|^2, |w|_1, <w, the state x that it read>."""
+        self.after_square, self.after_read = (torch.empty(count) for _ in range(2))
+        """For each write, where terms have factors, of its sum y with the state x that it read: |y|^2, <x, y>."""
         states = len(self.stream.steps) + 1, block.stop - block.start
         self.state_square, self.state_absolute = torch.empty(states), torch.empty(states)
         layers = self.stream.layers, block.stop - block.start
         self.layer_square, self.layer_read, self.layer_states = (torch.zeros(layers) for _ in range(3))
         """For each layer, of the sum w of its writes and the state x before it: |w|^2, <w, x>, <x, state after>."""
+        self.layer_after_square, self.layer_after_read = (torch.empty(layers) for _ in range(2))
+        """The same as for writes."""
 
     def run(self) -> None:
         """Measure."""
         if self.along is not None:
             for part, vectors in zip(self.stream.parts, self.block.parts, strict=True):
-                self._put("embed", part.label, projection_share=_dot(vectors.float(), self.along))
+                vectors = vectors.float()
+                self._put(
+                    "embed", part.label, projection_share=_dot(vectors, self.along), final_frame_norm=_norm(vectors)
+                )
         current = self._state(0)
-        opened: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        opened: dict[int, tuple[Tensor, list[tuple[int, Tensor]]]] = {}
+        skips = None if self.norms._plain else self.norms.states.skips(self.block)
         for index, step in enumerate(self.stream.steps):
             writes = [self._write(s, current) for s in step.sublayers]
             following = self._state(index + 1)
             self._nearness(index, current, writes, step.sublayers)
+            if skips is not None:
+                skips.step(index, current)
             for s, write in zip(step.sublayers, writes, strict=True):
-                opened.setdefault(self.stream.sublayers[s].layer, (current, []))[1].append(write)
+                opened.setdefault(self.stream.sublayers[s].layer, (current, []))[1].append((s, write))
             for layer in [k for k in opened if self._ends(k) == index]:
                 self._layer(layer, *opened.pop(layer), following)
             current = following
@@ -214,9 +238,9 @@ class _Walk:
 
     def _state(self, index: int) -> Tensor:
         state = self.block.states[index].float()
-        self.state_square[index], self.state_absolute[index] = _dot(state, state), _absolute(state)
-        if len(self.sample):
-            self.norms._spread[index] += state[self.sample].double().square().sum(0).cpu()
+        sizes = state.abs()
+        self.state_square[index], self.state_absolute[index] = _dot(state, state), sizes.sum(-1)
+        self.norms.states.look(index, state, sizes, self.block.position, self.sample)
         return state
 
     def _write(self, s: int, state: Tensor) -> Tensor:
@@ -224,6 +248,10 @@ class _Walk:
         self.square[s], self.absolute[s], self.along_read[s] = _dot(write, write), _absolute(write), _dot(write, state)
         if self.along is not None:
             self._put(sublayer.kind, sublayer.label, projection_share=_dot(write, self.along))
+        factors = self.norms._factors
+        if not factors.plain:
+            summed = times(state, factors.skips[sublayer.read]) + times(write, factors.writes[s])
+            self.after_square[s], self.after_read[s] = _dot(summed, summed), _dot(summed, state)
         if s in self.norms._projections:
             self._heads(s, state)
         if len(self.sample):
@@ -263,38 +291,49 @@ class _Walk:
     def _ends(self, layer: int) -> int:
         return max(s.read for s in self.stream.sublayers if s.layer == layer)
 
-    def _layer(self, layer: int, before: Tensor, writes: Sequence[Tensor], after: Tensor) -> None:
-        own = [s.index for s in self.stream.sublayers if s.layer == layer]
+    def _layer(self, layer: int, before: Tensor, writes: Sequence[tuple[int, Tensor]], after: Tensor) -> None:
+        own, factors = [s for s, _ in writes], self.norms._factors
         if self.norms._plain and len(own) == 2:
             # One product more is enough: |a + m|^2, <a + m, x> and <x, x + a + m> follow from those that are known,
             # whichever of x and x + a the second branch has read.
-            between = _dot(writes[0], writes[1])
+            between = _dot(writes[0][1], writes[1][1])
             serial = self.stream.sublayers[own[1]].read > self.stream.sublayers[own[0]].read
             self.layer_square[layer] = self.square[own].sum(0) + 2 * between
             self.layer_read[layer] = self.along_read[own].sum(0) - (between if serial else 0)
             first = self.stream.sublayers[own[0]].read
             self.layer_states[layer] = self.state_square[first] + self.layer_read[layer]
             return
-        total = writes[0] if len(writes) == 1 else writes[0] + writes[1]
-        for write in writes[2:]:
-            total = total + write
+        # As they stand at the layer's end: later factors on the skip multiply earlier writes.
+        total, carried, step = torch.zeros_like(before), before, self.stream.sublayers[own[0]].read - 1
+        for s, write in writes:
+            if self.stream.sublayers[s].read > step:
+                step = self.stream.sublayers[s].read
+                total, carried = times(total, factors.skips[step]), times(carried, factors.skips[step])
+            total = total + times(write, factors.writes[s])
         self.layer_square[layer], self.layer_read[layer] = _dot(total, total), _dot(total, before)
         self.layer_states[layer] = _dot(before, after)
+        if not factors.plain:
+            summed = carried + total
+            self.layer_after_square[layer], self.layer_after_read[layer] = _dot(summed, summed), _dot(summed, before)
 
     def _derive(self) -> None:
         """Everything that follows from the products, for all sublayers and layers at once."""
-        reads = [s.read for s in self.stream.sublayers]
-        kept = self.block.position != 0
-        self.norms.states.add(self.state_square[:, kept].double().sqrt())
-        for measure, values in pair(self.state_square[reads], self.square, self.along_read).items():
-            rows = [self.norms._row[s.kind, s.label] for s in self.stream.sublayers]
-            self.table[rows, MEASURES.index(measure)] = values.float()
+        reads, plain = [s.read for s in self.stream.sublayers], self.norms._factors.plain
+        self.norms.states.add(self.state_square.double().sqrt(), self.block.position)
+        after = None if plain else (self.after_square, self.after_read)
+        found = pair(self.state_square[reads], self.square, self.along_read, after)
+        self._fill([self.norms._row[s.kind, s.label] for s in self.stream.sublayers], found)
         first = [min(s.read for s in self.stream.sublayers if s.layer == k) for k in range(self.stream.layers)]
         last = [self._ends(k) + 1 for k in range(self.stream.layers)]
-        found = pair(self.state_square[first], self.layer_square, self.layer_read)
+        after = None if plain else (self.layer_after_square, self.layer_after_read)
+        found = pair(self.state_square[first], self.layer_square, self.layer_read, after)
         sizes = (self.state_square[first].double() * self.state_square[last].double()).sqrt().clamp_min(1e-30)
         found["block_influence"] = 1 - (self.layer_states.double() / sizes).clamp(-1, 1)
-        rows = [self.norms._row["layer", f"layer.{k}"] for k in range(self.stream.layers)]
+        self._fill([self.norms._row["layer", f"layer.{k}"] for k in range(self.stream.layers)], found)
+
+    def _fill(self, rows: list[int], found: dict[str, Tensor]) -> None:
+        if self.norms._plain:
+            found["final_frame_norm"] = found["write_norm"]
         for measure, values in found.items():
             self.table[rows, MEASURES.index(measure)] = values.float()
 

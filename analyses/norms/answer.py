@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlens.analyses.figures import PALETTE, axes, finish, interval
+from streamlens.analyses.figures import KIND_NAMES, PALETTE, axes, finish, integer_ticks, interval, style
+from streamlens.analyses.norms.cosines import WriteCosinesResult
 from streamlens.analyses.norms.measures import MEASURES, OVERLAPPING, SUBLAYER_KINDS, Contribution
+from streamlens.analyses.norms.states import StateNormsResult
 from streamlens.analyses.result import Result
 
 if TYPE_CHECKING:
@@ -26,25 +28,24 @@ class NormsResult(Result):
     """(row, measure) mean over tokens, without position 0; NaN where a measure has no meaning for a row."""
     mean_with_first: NDArray[np.float64]
     """(row, measure) the same over all tokens."""
-    low: NDArray[np.float64]
+    lower_quartile: NDArray[np.float64]
     """(row, measure) first quartile over tokens, without position 0."""
     median: NDArray[np.float64]
     """(row, measure) median."""
-    high: NDArray[np.float64]
+    upper_quartile: NDArray[np.float64]
     """(row, measure) third quartile."""
-    state_norm: NDArray[np.float64]
-    """(state,) mean of |x_k|, without position 0."""
     ratio_of_means: NDArray[np.float64]
     """(row,) mean |w| / mean |x|: other than the mean of the ratios where tokens differ in size."""
-    identity_gain: float
-    """Mean product of |A x| / |x| over all norms that the stream passes: what is left of x_0's size on the way."""
-    labels: tuple[str, ...]
-    """(sublayer,)"""
-    cosines: NDArray[np.float64]
-    """(sublayer, sublayer) mean cosine of two writes at the same token, over a sample: who cancels whom."""
-    outlier_dimensions: tuple[tuple[int, ...], ...]
-    """(state,) dimensions whose root mean square is above ten times the median dimension's."""
+    states: StateNormsResult
+    """The size of the states, what the skips keep of them, and who stands out."""
+    cosines: WriteCosinesResult
+    """The cosine of every two writes: who cancels whom."""
     n_tokens: int
+
+    @property
+    def identity_gain(self) -> float:
+        """What the skips alone keep of the size of x_0, up to the last state; see `StateNormsResult`."""
+        return float(self.states.identity_gain[-1])
 
     def column(self, measure: str) -> NDArray[np.float64]:
         """Return (row,) means of one measure, without position 0."""
@@ -58,55 +59,46 @@ class NormsResult(Result):
             for place, measure in enumerate(MEASURES):
                 row[measure] = _number(self.mean[index, place])
                 row[f"{measure}_median"] = _number(self.median[index, place])
-                row[f"{measure}_low"] = _number(self.low[index, place])
-                row[f"{measure}_high"] = _number(self.high[index, place])
+                row[f"{measure}_lower_quartile"] = _number(self.lower_quartile[index, place])
+                row[f"{measure}_upper_quartile"] = _number(self.upper_quartile[index, place])
                 row[f"{measure}_with_first"] = _number(self.mean_with_first[index, place])
             row["ratio_of_means"] = _number(self.ratio_of_means[index])
             found.append(row)
         return found
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the relative write of every sublayer by layer: median and quartiles over tokens."""
-        ax, place = axes(ax), MEASURES.index("relative_write")
-        for kind in dict.fromkeys(c.kind for c in self.contributions if c.kind in SUBLAYER_KINDS):
-            rows = [i for i, c in enumerate(self.contributions) if c.kind == kind]
-            layers = [float(self.contributions[i].layer or 0) for i in rows]
-            ax.plot(layers, self.median[rows, place], "o-", markersize=3, color=PALETTE[kind], label=kind)
-            interval(ax, layers, list(self.low[rows, place]), list(self.high[rows, place]), PALETTE[kind])
-        ax.set_yscale("log")
-        return finish(ax, x="layer", y="relative write |w| / |x|", title=self.title)
+        """Draw the relative write of every sublayer by layer: median and quartiles over tokens, without position 0."""
+        place = MEASURES.index("relative_write")
+        with style():
+            ax = axes(ax)
+            for kind in dict.fromkeys(c.kind for c in self.contributions if c.kind in SUBLAYER_KINDS):
+                rows = [i for i, c in enumerate(self.contributions) if c.kind == kind]
+                layers = [float(self.contributions[i].layer or 0) for i in rows]
+                median, colour = self.median[rows, place], PALETTE[kind]
+                ax.plot(layers, median, "o-", markersize=3, color=colour, label=KIND_NAMES[kind])
+                lower, upper = (list(q[rows, place]) for q in (self.lower_quartile, self.upper_quartile))
+                interval(ax, layers, lower, upper, colour)
+            ax.set_yscale("log")
+            integer_ticks(ax)
+            return finish(ax, x="Layer", y="Relative write |w| / |x|\n(median, quartiles)", title=self.title)
 
     def plot_shares(self, ax: Axes | None = None) -> Axes:
         """Draw each contribution's share of the last state, in the order of the stream; the bars sum to 1."""
-        ax = axes(ax, width=7.0)
         shares = self.column("projection_share")
         kept = [i for i, c in enumerate(self.contributions) if c.kind not in OVERLAPPING]
-        colours = [PALETTE[self.contributions[i].kind] for i in kept]
-        ax.bar(range(len(kept)), shares[kept], color=colours, width=0.8)
-        ax.axhline(0, color="black", linewidth=0.6)
-        step = max(1, len(kept) // 16)
-        ax.set_xticks(range(0, len(kept), step))
-        ax.set_xticklabels(
-            [self.contributions[kept[i]].label for i in range(0, len(kept), step)], rotation=60, ha="right"
-        )
-        return finish(ax, x="", y="share of the last state", title=self.title)
-
-    def plot_cosines(self, ax: Axes | None = None) -> Axes:
-        """Draw the cosine of every two writes."""
-        import seaborn as sns
-
-        from streamlens.analyses.figures import DIVERGING
-
-        ax = axes(ax, width=5.6, height=4.8)
-        step = max(1, len(self.labels) // 12)
-        ticks = [label if i % step == 0 else "" for i, label in enumerate(self.labels)]
-        limit = float(np.abs(self.cosines - np.eye(len(self.labels))).max()) or 1.0
-        sns.heatmap(
-            self.cosines, ax=ax, cmap=DIVERGING, center=0, vmin=-limit, vmax=limit, square=True, xticklabels=ticks,
-            yticklabels=ticks, cbar_kws={"label": "mean cosine of two writes"},
-        )  # fmt: skip
-        ax.tick_params(length=0)
-        return finish(ax, x="", y="", title=self.title)
+        kinds = [self.contributions[i].kind for i in kept]
+        with style():
+            ax = axes(ax, width=7.0)
+            for kind in dict.fromkeys(kinds):
+                at = [n for n, own in enumerate(kinds) if own == kind]
+                bars = shares[[kept[n] for n in at]]
+                ax.bar(at, bars, color=PALETTE[kind], width=0.8, label=KIND_NAMES[kind])
+            ax.axhline(0, color="black", linewidth=0.6)
+            every = range(0, len(kept), max(1, -(-len(kept) // 24)))
+            labels = [self.contributions[kept[i]].label.replace("_out", "") for i in every]
+            ax.set_xticks(list(every), labels, rotation=60, ha="right", rotation_mode="anchor")
+            title = self.title.replace("Contribution norms", "Shares of the last state", 1)
+            return finish(ax, x="Part of the last state", y="Projection share (sums to 1)", title=title)
 
 
 def _number(value: float) -> float | None:

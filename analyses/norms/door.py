@@ -31,9 +31,14 @@ def contribution_norms(
         model: for a capture: its model, where it is at hand. It is only needed for `heads` and `logits`.
         heads: also every attention head by itself; a capture needs its value mixes (``--heads``).
         logits: also attribute the target's logit directly to every contribution.
-        sample: tokens over which the cosines between writes and the outlier dimensions are taken.
+        sample: so many first tokens, less the first of each window, over which the cosines between writes and the
+            outlier dimensions are taken.
         progress: show a progress bar.
         **corpus: what a live model is shown.
+
+    Returns:
+        One row for each embedding part, sublayer, head, bias of a norm on the stream and layer; `NormsResult.states`
+        has the size of the states, `NormsResult.cosines` the cosines of every two writes.
 
     Raises:
         MissingDataError: a narrowed capture, which lacks some of the writes; heads or logits that cannot be told apart.

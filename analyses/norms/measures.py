@@ -10,14 +10,14 @@ from torch import Tensor
 
 MEASURES = (
     "relative_write", "cosine", "growth", "block_influence", "proximity", "projection_share", "logit_attribution",
-    "write_norm", "read_norm",
+    "write_norm", "read_norm", "final_frame_norm",
 )  # fmt: skip
-"""With x the state that a branch read and w what it wrote:
+"""With x the state that a branch read, w what it wrote and y = c x + e w their sum (in nearly all models c = e = 1):
 
 relative_write     |w| / |x|
 cosine             of w and x; below 0 the write erases, near 0 it points in a new direction, above 0 it amplifies
-growth             |x + w|^2 / |x|^2
-block_influence    1 - cos(x, x + w) (Men et al. 2024)
+growth             |y|^2 / |x|^2
+block_influence    1 - cos(x, y) (Men et al. 2024)
 proximity          share of w in the sum y of its step by L1 distance, max(|y| - |y - w|, 0) over that of all terms
                    (Ferrando et al. 2022; Ferrando and Voita 2024)
 projection_share   <T w, x_K> / |x_K|^2, T being all norms that the stream passes afterwards, their statistics fixed;
@@ -25,6 +25,7 @@ projection_share   <T w, x_K> / |x_K|^2, T being all norms that the stream passe
                    that subtracts the mean, means are subtracted here too: no reader sees them
 logit_attribution  what w adds to the logit of the target against the vocabulary's mean logit, final norm frozen
 write_norm         |w|        read_norm    |x|
+final_frame_norm   |T w|, the size of what the write has become in the last state: |w| itself where T is the identity
 """
 
 SUBLAYER_KINDS = ("attn", "cross_attn", "mixer", "mlp")
@@ -38,12 +39,19 @@ class Contribution:
 
     label: str
     kind: str
-    """embed, attn, cross_attn, mixer, mlp; layer, for all writes of a block; head; norm, for the bias of one."""
+    """embed, attn, cross_attn, mixer, mlp; norm, for the bias of one; head, for one head of an attention; layer, for
+    all writes of a layer together, as they stand at its end."""
     layer: int | None
 
 
-def pair(read: Tensor, write: Tensor, product: Tensor) -> dict[str, Tensor]:
+def pair(read: Tensor, write: Tensor, product: Tensor, after: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
     """Return what follows from |x|^2, |w|^2 and <x, w>, each (token,); exact identities, in float64.
+
+    Args:
+        read: |x|^2.
+        write: |w|^2.
+        product: <x, w>.
+        after: |y|^2 and <x, y>, where the sum is another than y = x + w because its terms have factors.
 
     >>> x, w = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
     >>> found = pair((x * x).sum(-1), (w * w).sum(-1), (x * w).sum(-1))
@@ -51,14 +59,15 @@ def pair(read: Tensor, write: Tensor, product: Tensor) -> dict[str, Tensor]:
     [1.0, 0.96, 3.92, 0.0101]
     """
     xx, ww, xw = read.double().clamp_min(1e-30), write.double(), product.double()
-    summed = (xx + 2 * xw + ww).clamp_min(0)
+    yy, xy = (xx + 2 * xw + ww, xx + xw) if after is None else (after[0].double(), after[1].double())
+    summed = yy.clamp_min(0)
     cosine = xw / (xx * ww).sqrt().clamp_min(1e-30)
-    after = (xx + xw) / (xx * summed).sqrt().clamp_min(1e-30)
+    kept = xy / (xx * summed).sqrt().clamp_min(1e-30)
     return {
         "relative_write": (ww / xx).sqrt(),
         "cosine": cosine.clamp(-1, 1),
         "growth": summed / xx,
-        "block_influence": 1 - after.clamp(-1, 1),
+        "block_influence": 1 - kept.clamp(-1, 1),
         "write_norm": ww.sqrt(),
         "read_norm": xx.sqrt(),
     }
