@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from streamlens.cli.options import CorpusOptions, ModelOptions, corpus_options, model_options, output_options
+from streamlens.analyses.result import FIGURES
+from streamlens.cli.options import (
+    CorpusOptions,
+    ModelOptions,
+    OutFile,
+    corpus_options,
+    model_options,
+    output_options,
+)
 from streamlens.cli.output import print_notes, print_rows
 from streamlens.errors import UsageError
 
@@ -99,17 +107,19 @@ class ShowOptions:
     saves: tuple[Path, ...]
 
     def show(self, command: str, result: Result, rows: list[dict[str, Any]] | None = None) -> None:
-        """Save what was asked for and print the table, or as JSON all rows.
+        """Print the table, or as JSON all rows, and save what was asked for.
 
         Args:
             command: name of the command.
             result: what was found.
             rows: a shorter table for the terminal; by default all rows.
+
+        Raises:
+            StorageError: a file could not be written.
         """
-        for path in self.saves:
-            result.save(path)
-            print_notes([f"wrote {path}"])
         print_rows(command, result.rows() if self.as_json or rows is None else rows, as_json=self.as_json)
+        for path in self.saves:
+            print_notes([f"wrote {result.save(path)}"])
 
 
 def newest_capture(folder: Path) -> Path:
@@ -146,13 +156,12 @@ def analysis_options(command: Command) -> Command:
             origin=OriginOptions(model, corpus, stream, model_file), show=ShowOptions(as_json, saves), **values
         )
 
-    out = click.Path(dir_okay=False, path_type=Path)
     existing = click.Path(exists=True, path_type=Path)
     decorated: Any = wrapped
     for option in (
-        click.option("--parquet", type=out, help="Also write the table to this .parquet file."),
-        click.option("--csv", type=out, help="Also write the table to this .csv file."),
-        click.option("--plot", type=out, help="Also draw the figure: .png, .svg or .pdf."),
+        click.option("--parquet", type=OutFile(".parquet"), help="Also write the table to this .parquet file."),
+        click.option("--csv", type=OutFile(".csv"), help="Also write the table to this .csv file."),
+        click.option("--plot", type=OutFile(*FIGURES), help="Also draw the figure: .png, .svg or .pdf."),
         output_options,
         click.option("--model-file", type=existing, help="The model of a capture, where it has moved."),
         click.option("--stream", help="Which stream: main, encoder, decoder. [default: the one that the head reads]"),

@@ -33,6 +33,8 @@ class Numbers(click.ParamType[tuple[int, ...]]):
             first, dash, last = piece.strip().partition("-")
             if not first.isdigit() or (dash and not last.isdigit()):
                 self.fail(f"{piece!r} is neither a number nor a range such as 0-3", param, ctx)
+            if dash and int(last) < int(first):
+                self.fail(f"{piece!r} runs backwards: write {last}-{first}", param, ctx)
             found.update(range(int(first), int(last if dash else first) + 1))
         return tuple(sorted(found))
 

@@ -115,6 +115,25 @@ class Dtype(click.Choice[str]):
         return super().convert(self._SHORT.get(value, value), param, ctx)
 
 
+class OutFile(click.ParamType[Path]):
+    """A file that a result is saved to, looked at before the work begins."""
+
+    name = "FILE"
+
+    def __init__(self, *suffixes: str) -> None:
+        """Say which suffixes it may have."""
+        self.suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path, if something can be written there."""
+        from streamlens.analyses.result import checked_target
+
+        try:
+            return checked_target(value, self.suffixes)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
 def _bundled(name: str, bundle: type[Any], *parameters: _Decorator) -> Callable[[Command], Command]:
     """A decorator that adds click parameters to a command and passes their values as one `bundle` called `name`."""
 

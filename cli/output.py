@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
+
+from streamlens.analyses.result import plain, scalar
 
 SCHEMA = 1
 """Version of the JSON object: raised when a row's key changes its meaning or goes away."""
@@ -19,7 +20,7 @@ _GAP = "  "
 def print_rows(command: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     """Print the rows of a command to stdout, as a table or as `{"schema": 1, "command": ..., "rows": [...]}`."""
     if as_json:
-        payload = {"schema": SCHEMA, "command": command, "rows": [_plain(dict(row)) for row in rows]}
+        payload = {"schema": SCHEMA, "command": command, "rows": plain(list(rows))}
         click.echo(json.dumps(payload, allow_nan=False))
     elif rows:
         heading, lines = table(rows).split("\n", 1)
@@ -61,7 +62,7 @@ def human(value: Any) -> str:
     >>> human(12345), human(0.000123456), human(None)
     ('12,345', '0.0001235', '-')
     """
-    value = _scalar(value)
+    value = scalar(value)
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -96,23 +97,6 @@ def bold(text: str) -> str:
     return text if os.environ.get("NO_COLOR") else click.style(text, bold=True)
 
 
-def _scalar(value: Any) -> Any:
-    """A numpy or torch scalar as the Python number that it holds, anything else as it is."""
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-
-
 def _is_number(value: Any) -> bool:
-    value = _scalar(value)
+    value = scalar(value)
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's own types; what is not a finite number becomes null, since JSON has no other word for it."""
-    value = _scalar(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) or hasattr(value, "tolist"):
-        return [_plain(item) for item in (value.tolist() if hasattr(value, "tolist") else value)]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

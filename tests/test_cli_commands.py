@@ -80,6 +80,8 @@ class TestCapture:
         [
             (["--layers", "9"], 2, "has layers 0 to 7, not 9"),
             (["--layers", "a"], 2, "neither a number nor a range"),
+            (["--layers", "0,5-3"], 2, "'5-3' runs backwards: write 3-5"),
+            (["--positions", "5-3"], 2, "'5-3' runs backwards: write 3-5"),
             (["--compact", "--kinds", "mlp"], 2, "cannot be combined"),
             (["--window", "9999"], 1, "256"),
             (["--text", "missing.txt"], 2, "does not exist"),
