@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Floats = NDArray[np.float64]
+Unit = Literal["document", "window"]
+
+DRAWS = 1000
+"""How often units are drawn again for an interval."""
+
+FEW_DOCUMENTS = 10
+"""With fewer documents than these, intervals are over windows."""
 
 
 class Moments:
@@ -118,8 +128,139 @@ class Quantiles:
         return np.where(total[..., 0] > 0, found, np.nan)
 
 
+class Resampled:
+    """Sums of many series, and the same sums over units that are drawn again: what an interval needs, and no more.
+
+    A Poisson bootstrap (Hanley and MacGibbon 2006; Chamandy et al. 2012): in each draw every unit counts Poisson(1)
+    times, which for many units is drawing with replacement (Efron 1979), and needs to know no unit but the one at
+    hand. How often comes from a counter-based generator (Philox, Salmon et al. 2011) whose key is the seed and the
+    unit's number. So a unit may come in pieces, in any order and in parts that are merged later, and memory does not
+    grow with the text, but for one byte a document.
+
+    The units are documents, because the tokens of one depend on each other. With fewer than `FEW_DOCUMENTS` they are
+    windows, where those are known: drawing three documents again says nothing. Windows of one document depend on each
+    other, too, so such an interval is about this text and not about others; `unit` says which it is.
+
+    >>> drawn = Resampled(1)
+    >>> drawn.add(np.array([[1.0, 3.0]]), np.array([0, 7]))
+    >>> drawn.total.tolist(), drawn.drawn.shape, drawn.documents, drawn.unit
+    ([4.0], (1, 1000), 2, 'document')
+    """
+
+    def __init__(self, *shape: int, seed: int = 0) -> None:
+        """Start at nothing, for series of this shape."""
+        self.shape = shape
+        self.total: Floats = np.zeros(shape)
+        """(*series,) the sums over all units."""
+        self._seed = seed
+        self._by_document: Floats = np.zeros((*shape, DRAWS))
+        self._by_window: Floats | None = None
+        self._seen: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._windows: tuple[int, int] | None = None
+        """The first and the last window, by number."""
+
+    def add(self, sums: Floats, doc: NDArray[np.int64], window: NDArray[np.int64] | None = None) -> None:
+        """Fold sums in.
+
+        Args:
+            sums: (*series, unit) over the tokens at hand of each window, or of each document.
+            doc: (unit,) number of the document, not negative.
+            window: (unit,) number of the window, unique in the whole text; given always, or never.
+        """
+        if not len(doc):
+            return
+        self.total += sums.sum(-1)
+        self._by_document += sums @ self._times(doc)
+        self._see(np.bincount(doc) > 0)
+        if window is None:
+            return
+        ends = (int(window.min()), int(window.max()))
+        self._windows = ends if self._windows is None else _around(self._windows, ends)
+        if self.documents < FEW_DOCUMENTS:
+            drawn = sums @ self._times(window)
+            self._by_window = drawn if self._by_window is None else self._by_window + drawn
+
+    def merge(self, other: Resampled) -> None:
+        """Fold another partial result in, of other tokens and the same seed."""
+        self.total += other.total
+        self._by_document += other._by_document
+        self._see(other._seen)
+        if other._windows is not None:
+            self._windows = other._windows if self._windows is None else _around(self._windows, other._windows)
+        if other._by_window is not None and self.documents < FEW_DOCUMENTS:
+            self._by_window = other._by_window + (0.0 if self._by_window is None else self._by_window)
+
+    def _see(self, seen: NDArray[np.bool_]) -> None:
+        longer, shorter = (seen.copy(), self._seen) if len(seen) > len(self._seen) else (self._seen, seen)
+        longer[: len(shorter)] |= shorter
+        self._seen = longer
+        if self.documents >= FEW_DOCUMENTS:
+            self._by_window = None
+
+    def _times(self, numbers: NDArray[np.int64]) -> Floats:
+        """(unit, draw) how often each unit counts."""
+        return np.stack([times_drawn(self._seed, int(number)) for number in numbers]).astype(np.float64)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return int(self._seen.sum())
+
+    @property
+    def unit(self) -> Unit:
+        """What is drawn again."""
+        return "document" if self._by_window is None else "window"
+
+    @property
+    def drawn(self) -> Floats:
+        """(*series, draw) the sums in each draw; NaN where there is only one unit, which says nothing about others."""
+        found = self._by_document if self._by_window is None else self._by_window
+        if self.unit == "document":
+            several = self.documents > 1
+        else:
+            several = self._windows is not None and self._windows[0] < self._windows[1]
+        return found if several else np.full_like(found, np.nan)
+
+
+def _around(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
+    return min(first[0], second[0]), max(first[1], second[1])
+
+
+@lru_cache(maxsize=4096)
+def times_drawn(seed: int, number: int) -> NDArray[np.uint8]:
+    """Return how often a unit counts in each draw, (draw,): Poisson(1), the same for the same seed and number.
+
+    >>> bool((times_drawn(0, 5) == times_drawn(0, 5)).all()), bool((times_drawn(0, 5) == times_drawn(0, 6)).all())
+    (True, False)
+    """
+    # The raw stream of Philox is the same in all versions of numpy; what its Generator makes of it need not be.
+    uniform = np.random.Philox(key=[seed % 2**64, number % 2**64]).random_raw(DRAWS)
+    return np.searchsorted(_POISSON, uniform >> np.uint64(11), side="right").astype(np.uint8)
+
+
+_POISSON = (np.cumsum([math.exp(-1.0) / math.factorial(k) for k in range(18)]) * 2.0**53).astype(np.uint64)
+"""The distribution function of Poisson(1) at 0, 1, 2 ..., on the scale of the upper 53 bits of a random number."""
+
+
+def interval_of(sums: Floats, counts: Floats) -> tuple[Floats, Floats]:
+    """Return the ends of the 95 % percentile interval of the mean, each (*series,).
+
+    Args:
+        sums: (*series, draw); for a paired difference those of the differences.
+        counts: (*series, draw) or (draw,) number of values behind each sum; a draw without any is left out.
+    """
+    counts = np.broadcast_to(counts, sums.shape)
+    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    ends = np.quantile(means, [0.025, 0.975], axis=-1)
+    # Most series have values in every draw, and those go the fast way above.
+    gaps = np.isnan(means).any(-1) & ~np.isnan(means).all(-1)
+    if gaps.any():
+        ends[:, gaps] = np.nanquantile(means[gaps], [0.025, 0.975], axis=-1)
+    return ends[0], ends[1]
+
+
 class DocumentSums:
-    """Sums of many series for each document, in float64: what an interval over documents needs, and no more.
+    """Means of many series over tokens, in float64, with intervals over documents or windows; see `Resampled`.
 
     >>> sums = DocumentSums(2)
     >>> sums.add(torch.tensor([[1.0, 3.0, float("nan")], [4.0, 4.0, 4.0]]), torch.tensor([0, 0, 7]))
@@ -132,74 +273,53 @@ class DocumentSums:
     def __init__(self, *shape: int) -> None:
         """Start at nothing, for series of this shape."""
         self.shape = shape
-        self._sums: dict[int, tuple[Floats, Floats]] = {}
+        self._both = Resampled(2, *shape)
 
-    def add(self, values: Tensor, doc: Tensor) -> None:
+    def add(self, values: Tensor, doc: Tensor, window: Tensor | None = None) -> None:
         """Fold values in; NaN is left out.
 
         Args:
             values: (*series, token), any float dtype.
             doc: (token,) number of the document.
+            window: (token,) number of the window, unique in the whole text (its first token's, say); given always, or
+                never: then intervals are over documents however few there are.
         """
         wide = values.double()
         known = ~torch.isnan(wide)
-        docs, place = torch.unique(doc, return_inverse=True)
-        empty = torch.zeros(*self.shape, len(docs), dtype=torch.float64, device=wide.device)
-        place = place.to(wide.device)
-        sums = empty.index_add(-1, place, torch.where(known, wide, 0.0)).cpu().numpy()
-        counts = empty.index_add(-1, place, known.double()).cpu().numpy()
-        for column, number in enumerate(docs.tolist()):
-            self._fold(number, sums[..., column], counts[..., column])
+        units, place = torch.unique(doc if window is None else window, return_inverse=True)
+        own_doc = torch.empty_like(units, dtype=torch.int64).index_copy_(0, place, doc.long()).cpu().numpy()
+        empty = torch.zeros(2, *self.shape, len(units), dtype=torch.float64, device=wide.device)
+        both = torch.stack([torch.where(known, wide, 0.0), known.double()])
+        sums = empty.index_add(-1, place.to(wide.device), both).cpu().numpy()
+        self._both.add(sums, own_doc, None if window is None else units.cpu().numpy().astype(np.int64))
 
     def merge(self, other: DocumentSums) -> None:
         """Fold another partial result in."""
-        for number, (sums, counts) in other._sums.items():
-            self._fold(number, sums, counts)
-
-    def _fold(self, number: int, sums: Floats, counts: Floats) -> None:
-        old = self._sums.get(number)
-        self._sums[number] = (sums.copy(), counts.copy()) if old is None else (old[0] + sums, old[1] + counts)
+        self._both.merge(other._both)
 
     @property
-    def sums(self) -> Floats:
-        """(*series, doc) the sums, in order of the documents' numbers."""
-        return self._stacked(0)
+    def documents(self) -> int:
+        """Number of documents."""
+        return self._both.documents
 
     @property
-    def counts(self) -> Floats:
-        """(*series, doc) the number of values behind each sum."""
-        return self._stacked(1)
-
-    def _stacked(self, which: int) -> Floats:
-        if not self._sums:
-            return np.zeros((*self.shape, 0))
-        return np.stack([self._sums[number][which] for number in sorted(self._sums)], axis=-1)
+    def unit(self) -> Unit:
+        """What intervals are over."""
+        return self._both.unit
 
     @property
     def mean(self) -> Floats:
         """(*series,) mean over tokens; NaN where there was nothing."""
-        total, size = self.sums.sum(-1), self.counts.sum(-1)
+        total, size = self._both.total
         found: Floats = np.divide(total, size, out=np.full_like(total, np.nan), where=size > 0)
         return found
 
-    def intervals(self, *, draws: int = 1000, seed: int = 0) -> tuple[Floats, Floats]:
-        """Return the ends of the 95 % interval of each mean, each (*series,); see `bootstrap`.
+    def intervals(self) -> tuple[Floats, Floats]:
+        """Return the ends of the 95 % interval of each mean, each (*series,); NaN where there is one unit only.
 
-        All series are resampled alike, so that the interval of a difference is that of paired values.
+        All series are drawn alike, so that the interval of a difference is that of paired values.
         """
-        sums, counts = self.sums, self.counts
-        docs = sums.shape[-1]
-        if docs < 2:  # one document says nothing about how documents differ
-            return np.full(self.shape, np.nan), np.full(self.shape, np.nan)
-        rng = np.random.default_rng(seed)
-        weights = rng.multinomial(docs, np.full(docs, 1 / docs), size=draws).astype(np.float64).T
-        size = counts @ weights
-        means = np.divide(sums @ weights, size, out=np.full_like(size, np.nan), where=size > 0)
-        known = counts.sum(-1) > 0
-        low, high = np.full(self.shape, np.nan), np.full(self.shape, np.nan)
-        if known.any():
-            low[known], high[known] = np.nanquantile(means[known], [0.025, 0.975], axis=-1)
-        return low, high
+        return interval_of(*self._both.drawn)
 
 
 @dataclass(frozen=True)
@@ -211,33 +331,20 @@ class Interval:
     high: float
 
 
-def bootstrap(
-    sums: Sequence[float] | Floats, counts: Sequence[float] | Floats, *, draws: int = 1000, seed: int = 0
-) -> Interval:
-    """Return the mean over tokens with its 95 % percentile interval over documents; NaN ends for a single document.
-
-    Documents are drawn with replacement, because the tokens of one depend on each other (Efron 1979). For a paired
-    difference, `sums` are the differences.
+def bootstrap(sums: Sequence[float] | Floats, counts: Sequence[float] | Floats, *, seed: int = 0) -> Interval:
+    """Return the mean over tokens with its 95 % interval over documents; NaN ends for a single document.
 
     Args:
-        sums: (doc,) sum of the values of each document.
+        sums: (doc,) sum of the values of each document; for a paired difference those of the differences.
         counts: (doc,) number of values in each document.
-        draws: how many resamples.
-        seed: of the resampling.
+        seed: of the draws; see `Resampled`.
 
     >>> bootstrap([2.0, 2.0], [1, 1])
     Interval(mean=2.0, low=2.0, high=2.0)
     """
-    total, size = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
-    nan = float("nan")
-    if not size.sum():
-        return Interval(nan, nan, nan)
-    mean = float(total.sum() / size.sum())
-    if len(total) < 2:  # one document says nothing about how documents differ
-        return Interval(mean, nan, nan)
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(total), np.full(len(total), 1 / len(total)), size=draws).astype(np.float64)
-    drawn = weights @ size
-    means = (weights @ total)[drawn > 0] / drawn[drawn > 0]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(mean, float(low), float(high))
+    both = np.array([sums, counts], np.float64)
+    found = Resampled(2, seed=seed)
+    found.add(both, np.arange(both.shape[-1]))
+    low, high = interval_of(*found.drawn)
+    total, size = found.total
+    return Interval(float(total / size) if size else float("nan"), float(low), float(high))

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from streamlens.analyses.figures import axes, finish, interval, panels, style
 from streamlens.analyses.result import Result
-from streamlens.analyses.statistics import DocumentSums, Moments, Quantiles, bootstrap
+from streamlens.analyses.statistics import Moments, Quantiles
 from streamlens.errors import UsageError
 
 # ---- statistics ---------------------------------------------------------------------------------------------------
@@ -116,56 +116,6 @@ def test_quantiles_of_nothing_of_zeros_and_beyond_the_range() -> None:
     infinite = Quantiles(1)
     infinite.add(torch.tensor([[1.0, 2.0, float("inf")]]))
     assert infinite.at(1.0)[0] == pytest.approx(1e8, rel=0.006)
-
-
-def test_the_interval_is_that_of_a_plain_loop() -> None:
-    rng = np.random.default_rng(3)
-    sums, counts = rng.normal(size=12), rng.integers(1, 9, 12).astype(float)
-    found = bootstrap(sums, counts, draws=4000, seed=1)
-    assert found.mean == pytest.approx(sums.sum() / counts.sum())
-    means = []
-    for _ in range(4000):
-        chosen = rng.integers(0, 12, 12)
-        means.append(sums[chosen].sum() / counts[chosen].sum())
-    spread = np.std(means)
-    assert found.low == pytest.approx(np.quantile(means, 0.025), abs=0.15 * spread)
-    assert found.high == pytest.approx(np.quantile(means, 0.975), abs=0.15 * spread)
-    assert found == bootstrap(sums, counts, draws=4000, seed=1)
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(200):
-        sums = rng.normal(1.0, 1.0, 40)
-        found = bootstrap(sums, np.ones(40), draws=300)
-        hits += found.low <= 1.0 <= found.high
-    assert 178 <= hits <= 199
-
-
-def test_the_interval_of_nothing() -> None:
-    assert np.isnan(bootstrap([], []).mean)
-    assert np.isnan(bootstrap([0.0], [0]).low)
-
-
-def test_document_sums_are_those_of_a_plain_loop_and_their_intervals_those_of_bootstrap() -> None:
-    values, doc = drawn(2, 60).clamp(-100, 100), torch.arange(60) // 7
-    whole, first, second = DocumentSums(2), DocumentSums(2), DocumentSums(2)
-    whole.add(values, doc)
-    first.add(values[:, 30:], doc[30:])
-    second.add(values[:, :30], doc[:30])
-    first.merge(second)
-    for row in range(2):
-        for number in range(9):
-            own = values[row, doc == number].double().numpy()
-            assert whole.sums[row, number] == pytest.approx(np.nansum(own), rel=1e-12)
-            assert whole.counts[row, number] == (~np.isnan(own)).sum()
-        assert whole.mean[row] == pytest.approx(np.nanmean(values[row].double().numpy()), rel=1e-12)
-    np.testing.assert_allclose(first.sums, whole.sums, rtol=1e-12)
-    low, high = whole.intervals()
-    for row in range(2):
-        alone = bootstrap(whole.sums[row], whole.counts[row])
-        assert (low[row], high[row]) == pytest.approx((alone.low, alone.high), rel=1e-12)
 
 
 # ---- results ------------------------------------------------------------------------------------------------------

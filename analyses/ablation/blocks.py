@@ -12,11 +12,12 @@ from streamlens.analyses.ablation.proxies import Proxies
 from streamlens.analyses.ablation.runs import Dropped
 from streamlens.analyses.ablation.scores import Scores
 from streamlens.analyses.ablation.spans import Drop, Mode, together, whole_layer
-from streamlens.analyses.ablation.sweep import check_mode, score_rows, setting_for
-from streamlens.analyses.ablation.trials import measured
+from streamlens.analyses.ablation.study import Study, in_mode
+from streamlens.analyses.ablation.sweep import score_rows
 from streamlens.analyses.result import Result
-from streamlens.analyses.source import Corpus, Origin, source_of
+from streamlens.analyses.source import Corpus, Origin
 from streamlens.analyses.statistics import Floats
+from streamlens.anatomy import Stream
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
 
@@ -36,6 +37,13 @@ class BlocksResult(Result):
     layers: int
     """How many the stream has."""
     title: str = ""
+    other: BlocksResult | None = None
+    """The same in the other mode, where skip and zero differ."""
+
+    @property
+    def mode(self) -> Mode:
+        """How the blocks were left out."""
+        return self.drops[0].mode
 
     @property
     def grid(self) -> Floats:
@@ -47,12 +55,12 @@ class BlocksResult(Result):
         return grid
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row for each block; columns as in `AblationResult.rows`."""
+        """Return one row for each block and mode; columns as in `AblationResult.rows`."""
         table = []
         for index, (row, drop) in enumerate(zip(score_rows(self.scores), self.drops, strict=True)):
             named = {"drop": drop.label, "start": drop.layers[0], "length": len(drop.layers), "mode": drop.mode}
             table.append(named | row | {name: float(values[index]) for name, values in self.proxies.items()})
-        return table
+        return table + (self.other.rows() if self.other else [])
 
     def best(self) -> list[dict[str, Any]]:
         """Return for each length the block that costs least, and the one that the angular distance would choose."""
@@ -64,13 +72,14 @@ class BlocksResult(Result):
             found.append(
                 {
                     "length": length,
+                    "mode": self.mode,
                     "start": self.drops[best].layers[0],
                     self.scores.headline: float(mean[best]),
                     "start_by_angle": self.drops[chosen].layers[0],
                     f"{self.scores.headline}_by_angle": float(mean[chosen]),
                 }
             )
-        return found
+        return found + (self.other.best() if self.other else [])
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the score by start and length."""
@@ -101,7 +110,7 @@ def ablate_blocks(
         lengths: how many layers; by default 1 to all but one.
         mode: as in `ablate`.
         protect_first: leave position 0 as it is.
-        draw_seed: of the pairing of documents in mode resample.
+        draw_seed: of the pairing of windows in mode resample.
         stream: which stream; by default the one that the head reads.
         model: for a capture: its model, where it is loaded already.
         progress: show a progress bar.
@@ -118,24 +127,37 @@ def ablate_blocks(
         >>> ablate_blocks(encoder, inputs=torch.randn(4, 5, 8), progress=False).grid.shape
         (2, 3)
     """
-    source = source_of(origin, stream=stream, model=model, **corpus)
-    check_mode(mode)
-    count = source.stream.layers
+    study = Study.of(
+        origin,
+        mode,
+        protect_first=protect_first,
+        draw_seed=draw_seed,
+        stream=stream,
+        model=model,
+        progress=progress,
+        **corpus,
+    )
+    drops = _blocks(study.source.stream, lengths, mode)
+    modes, proxies = study.modes(drops), Proxies(study.source.stream, drops)
+    trials = [Dropped(d) for each in modes for d in in_mode(drops, each)]
+    scores = study.measured(trials, "ablate blocks", also=proxies.update)
+    title, found = study.title("Contiguous blocks left out", scores, modes), None
+    for number, each in reversed(list(enumerate(modes))):
+        own = scores.taken(range(number * len(drops), (number + 1) * len(drops)))
+        layers = study.source.stream.layers
+        found = BlocksResult(tuple(in_mode(drops, each)), own, proxies.result(), layers, title, other=found)
+    assert found is not None, "there is always the mode that was asked for"
+    return found
+
+
+def _blocks(stream: Stream, lengths: Sequence[int] | None, mode: Mode) -> list[Drop]:
+    count = stream.layers
     chosen = list(range(1, max(count, 2))) if lengths is None else sorted(set(lengths))
     for length in chosen:
         if not 1 <= length <= count:
-            raise UsageError(
-                f"stream {source.stream.name!r} has {count} layers: a block has 1 to {count}, not {length}"
-            )
-    drops = [
-        together([whole_layer(source.stream, layer, mode) for layer in range(start, start + length)])
+            raise UsageError(f"stream {stream.name!r} has {count} layers: a block has 1 to {count}, not {length}")
+    return [
+        together([whole_layer(stream, layer, mode) for layer in range(start, start + length)])
         for length in chosen
         for start in range(count - length + 1)
     ]
-    setting = setting_for(source, mode, protect_first=protect_first, seed=draw_seed, progress=progress)
-    proxies = Proxies(source.stream, drops)
-    scores = measured(
-        source, setting, [Dropped(d) for d in drops], "ablate blocks", also=proxies.update, progress=progress
-    )
-    title = f"Contiguous blocks left out ({mode}): {source.description}"
-    return BlocksResult(tuple(drops), scores, proxies.result(), count, title)

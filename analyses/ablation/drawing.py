@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.ticker import MaxNLocator
 
 from streamlens.analyses.ablation.greedy import GREEDY, INFLUENCE, RANDOM
-from streamlens.analyses.figures import DIVERGING, PALETTE, SEQUENTIAL, axes, finish, interval
+from streamlens.analyses.figures import DIVERGING, PALETTE, SEQUENTIAL, axes, finish, interval, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from streamlens.analyses.ablation.pairs import PairsResult
     from streamlens.analyses.ablation.repair import EffectsResult
     from streamlens.analyses.ablation.sweep import AblationResult
+    from streamlens.analyses.statistics import Floats
 
 NAMES = {"layer": "whole layer", "attn": "attention", "cross_attn": "cross-attention", "mlp": "MLP", "mixer": "mixer"}
 SCORES = {
@@ -37,6 +39,9 @@ UNITS = {
 HOLLOW = {"zero": "white"}
 """Fill of the markers of a second mode."""
 
+CHEAPEST = "Dots: the cheapest block of each length"
+Both = TypeVar("Both", "BlocksResult", "PairsResult")
+
 
 def draw_sweep(found: AblationResult, ax: Axes | None = None) -> Axes:
     """Draw the headline score by layer with its interval: whole layers, and each kind of sublayer beside them."""
@@ -47,18 +52,16 @@ def draw_sweep(found: AblationResult, ax: Axes | None = None) -> Axes:
     drawn = axes(ax)
     modes = list(dict.fromkeys(d.mode for _, d in single))
     series = [(kind, mode) for kind in dict.fromkeys(d.kind for _, d in single) for mode in modes]
-    highest = 0.0
+    mean = found.scores.mean(head)
+    error = _error(mean, *found.scores.intervals(head))
     for place, (kind, mode) in enumerate(series):
-        rows = [(i, d) for i, d in single if d.kind == kind and d.mode == mode]
-        values = [found.scores.interval(head, i) for i, _ in rows]
-        mean = np.array([v.mean for v in values])
-        low, high = np.array([v.low for v in values]), np.array([v.high for v in values])
+        rows = [i for i, d in single if d.kind == kind and d.mode == mode]
         shift = (place - (len(series) - 1) / 2) * min(0.8 / len(series), 0.2)
         colour = PALETTE["block" if kind == "layer" else kind]
         drawn.errorbar(
-            [d.layers[0] + shift for _, d in rows],
-            mean,
-            yerr=np.maximum([mean - low, high - mean], 0.0),
+            [found.drops[i].layers[0] + shift for i in rows],
+            mean[rows],
+            yerr=error[:, rows],
             fmt="o" if kind == "layer" else "s",
             markersize=4,
             linewidth=1,
@@ -66,14 +69,26 @@ def draw_sweep(found: AblationResult, ax: Axes | None = None) -> Axes:
             markerfacecolor=HOLLOW.get(mode, colour) if len(modes) > 1 else colour,
             label=NAMES.get(kind, kind) + (f", {mode}" if len(modes) > 1 else ""),
         )
-        highest = max(highest, float(np.nanmax(np.abs(mean), initial=0.0)))
     drawn.axhline(0.0, color=PALETTE["norm"], linewidth=0.8, zorder=0)
-    _spread(drawn, [found.scores.mean(head)[i] for i, _ in single])
+    _spread(drawn, [mean[i] for i, _ in single])
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 3:
         # Beside the axes: six series leave no room between them.
         drawn.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
-    return finish(drawn, x="layer", y=SCORES[head], title=found.title)
+    return finish(drawn, x="layer", y=SCORES[head], title=f"{found.title}{_agreement(found)}")
+
+
+def _agreement(found: AblationResult) -> str:
+    """Say how well each proxy orders the layers (else the sublayers) in the mode that was asked for."""
+    rows = [row for row in found.correlations() if np.isfinite(row["spearman"])]
+    rows = [row for row in rows if (row["over"], row["mode"]) == (rows[0]["over"], rows[0]["mode"])]
+    said = ", ".join(f"{row['proxy'].replace('_', ' ')} {row['spearman']:.2f}" for row in rows)
+    return f". Rank correlation with the score over {rows[0]['over']}s: {said}" if rows else ""
+
+
+def _error(mean: Floats, low: Floats, high: Floats) -> Floats:
+    """(2, row) the bars below and above each mean; none where there is no interval."""
+    return np.nan_to_num(np.maximum([mean - low, high - mean], 0.0))
 
 
 def _draw_bars(found: AblationResult, ax: Axes | None) -> Axes:
@@ -98,6 +113,12 @@ def _spread(ax: Axes, values: Sequence[float]) -> None:
 
 def draw_blocks(found: BlocksResult, ax: Axes | None = None) -> Axes:
     """Draw the headline score as a heat map: first layer left out across, number of layers up."""
+    if found.other is not None and ax is None:
+        return _side_by_side(found, found.other, _blocks_map)
+    return _blocks_map(found, ax, f"{found.title}. {CHEAPEST}")
+
+
+def _blocks_map(found: BlocksResult, ax: Axes | None, title: str) -> Axes:
     grid = found.grid
     drawn = axes(ax, width=5.2, height=4.2)
     lengths = len(grid)
@@ -109,15 +130,32 @@ def draw_blocks(found: BlocksResult, ax: Axes | None = None) -> Axes:
     image = drawn.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap=SEQUENTIAL, norm=norm)
     _bar(drawn, image, SCORES[found.scores.headline])
     for row in found.best():
-        drawn.plot(row["start"], row["length"], ".", color="white", markersize=3.5)
+        if row["mode"] == found.mode:
+            drawn.plot(row["start"], row["length"], ".", color="white", markersize=3.5)
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn.yaxis.set_major_locator(MaxNLocator(integer=True))
-    title = f"{found.title}. Dots: the cheapest block of each length"
     return finish(drawn, x="first layer left out", y="number of layers left out", title=title)
+
+
+def _side_by_side(found: Both, other: Both, draw: Callable[[Both, Axes, str], Axes]) -> Axes:
+    """Draw the two modes beside each other, under one title."""
+    left, right = panels(1, 2, width=9.6, height=4.2)
+    draw(found, left, f"mode {found.mode}")
+    draw(other, right, f"mode {other.mode}")
+    figure = left.get_figure()
+    assert figure is not None, "axes without a figure"
+    figure.suptitle("\n".join(textwrap.wrap(found.title, 115)), x=0.01, ha="left", fontsize=9)
+    return left
 
 
 def draw_pairs(found: PairsResult, ax: Axes | None = None) -> Axes:
     """Draw the interaction of every two units as a heat map around zero."""
+    if found.other is not None and ax is None:
+        return _side_by_side(found, found.other, _pairs_map)
+    return _pairs_map(found, ax, found.title)
+
+
+def _pairs_map(found: PairsResult, ax: Axes | None, title: str) -> Axes:
     grid = found.interaction
     drawn = axes(ax, width=5.2, height=4.2)
     largest = float(np.nanmax(np.abs(grid), initial=0.0)) or 1.0
@@ -139,22 +177,33 @@ def draw_pairs(found: PairsResult, ax: Axes | None = None) -> Axes:
         drawn.set_xticks(ticks, labels, rotation=90)
         drawn.set_yticks(ticks, labels)
         name = "sublayer"
-    return finish(drawn, x=name, y=name, title=found.title)
+    return finish(drawn, x=name, y=name, title=title)
 
 
 def draw_greedy(found: GreedyResult, ax: Axes | None = None) -> Axes:
-    """Draw the headline score by the number of layers left out, one line for each order."""
+    """Draw the headline score by the number of layers left out, one line for each order; a second mode is dashed."""
     drawn = axes(ax)
     looks = {GREEDY: ("mlp", "o"), INFLUENCE: ("attn", "s")}
-    for name, scores in found.scores.items():
-        head = scores.headline
-        values = [scores.interval(head, i) for i in range(len(found.orders[name]))]
-        count = list(range(1, len(values) + 1))
-        kind, marker = looks.get(name, ("norm", "."))
-        label = {GREEDY: "greedy", INFLUENCE: "least Block Influence first", f"{RANDOM} 1": "random orders"}.get(name)
-        drawn.plot(count, [v.mean for v in values], marker=marker, markersize=4, color=PALETTE[kind], label=label)
-        if name in looks:
-            interval(drawn, count, [v.low for v in values], [v.high for v in values], PALETTE[kind])
+    names = {GREEDY: "greedy", INFLUENCE: "least Block Influence first", f"{RANDOM} 1": "random orders"}
+    for one in (found, found.other):
+        for name, scores in one.scores.items() if one is not None else ():
+            assert one is not None, "a mode that was run"
+            score = scores.headline
+            count = list(range(1, len(one.orders[name]) + 1))
+            kind, marker = looks.get(name, ("norm", "."))
+            drawn.plot(
+                count,
+                scores.mean(score),
+                marker=marker,
+                markersize=4,
+                color=PALETTE[kind],
+                linestyle="-" if one is found else "--",
+                markerfacecolor=PALETTE[kind] if one is found else "white",
+                label=names[name] + (f", {one.mode}" if found.other else "") if name in names else None,
+            )
+            if name in looks:
+                low, high = scores.intervals(score)
+                interval(drawn, count, low.tolist(), high.tolist(), PALETTE[kind])
     drawn.set_ylim(bottom=min(0.0, drawn.get_ylim()[0]))
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
     first = next(iter(found.scores.values()))
@@ -164,30 +213,37 @@ def draw_greedy(found: GreedyResult, ax: Axes | None = None) -> Axes:
 def draw_swaps(found: SwapResult, ax: Axes | None = None) -> Axes:
     """Draw the headline score by the first of the two layers that change places."""
     drawn = axes(ax)
-    head = found.scores.headline
-    values = [found.scores.interval(head, i) for i in range(len(found.swaps))]
-    mean = np.array([v.mean for v in values])
-    error = np.maximum([mean - [v.low for v in values], [v.high for v in values] - mean], 0.0)
-    drawn.errorbar(range(len(values)), mean, yerr=error, fmt="o", markersize=4, linewidth=1, color=PALETTE["block"])
+    score = found.scores.headline
+    mean = found.scores.mean(score)
+    error = _error(mean, *found.scores.intervals(score))
+    drawn.errorbar(range(len(mean)), mean, yerr=error, fmt="o", markersize=4, linewidth=1, color=PALETTE["block"])
     drawn.axhline(0.0, color=PALETTE["norm"], linewidth=0.8, zorder=0)
     _spread(drawn, list(mean))
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return finish(drawn, x="layer l, exchanged with l + 1", y=SCORES[head], title=found.title)
+    return finish(drawn, x="layer l, exchanged with l + 1", y=SCORES[score], title=found.title)
 
 
 def draw_effects(found: EffectsResult, ax: Axes | None = None) -> Axes:
     """Draw the total effect of each unit against its direct effect: on the diagonal nothing repairs, nothing adds."""
     drawn = axes(ax, width=4.6, height=4.2)
-    means = found.means
+    direct, total = found.means["direct"], found.means["total"]
+    across, up = (_error(found.means[name], *found.scores.intervals(name)) for name in ("direct", "total"))
     for kind in dict.fromkeys(d.kind for d in found.units):
         rows = [i for i, d in enumerate(found.units) if d.kind == kind]
-        colour = PALETTE["block" if kind == "layer" else kind]
-        x, y = means["direct"][rows], means["total"][rows]
-        drawn.plot(x, y, "o", markersize=4, color=colour, label=NAMES.get(kind, kind))
-        far = np.argsort(-np.hypot(x, y))[:3]
-        for i in far:
-            layer = found.units[rows[i]].layers[0]
-            drawn.annotate(str(layer), (x[i], y[i]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        drawn.errorbar(
+            direct[rows],
+            total[rows],
+            xerr=across[:, rows],
+            yerr=up[:, rows],
+            fmt="o",
+            markersize=4,
+            linewidth=0.8,
+            color=PALETTE["block" if kind == "layer" else kind],
+            label=NAMES.get(kind, kind),
+        )
+        for i in sorted(rows, key=lambda i: -np.hypot(direct[i], total[i]))[:3]:
+            layer = found.units[i].layers[0]
+            drawn.annotate(str(layer), (direct[i], total[i]), xytext=(4, 3), textcoords="offset points", fontsize=7)
     drawn.axline((0.0, 0.0), slope=1.0, color=PALETTE["norm"], linewidth=0.8, linestyle="--", label="total = direct")
     drawn.axhline(0.0, color=PALETTE["norm"], linewidth=0.5, zorder=0)
     return finish(drawn, x="direct effect (logits)", y="total effect (logits)", title=found.title)

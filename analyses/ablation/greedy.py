@@ -11,11 +11,12 @@ import numpy as np
 from streamlens.analyses.ablation.proxies import Proxies
 from streamlens.analyses.ablation.runs import Dropped
 from streamlens.analyses.ablation.scores import Scores
-from streamlens.analyses.ablation.spans import Mode, every, together
-from streamlens.analyses.ablation.sweep import check_mode, score_rows, setting_for
-from streamlens.analyses.ablation.trials import explained, measured
+from streamlens.analyses.ablation.spans import Drop, Mode, every, together
+from streamlens.analyses.ablation.study import Study, in_mode
+from streamlens.analyses.ablation.sweep import score_rows
+from streamlens.analyses.ablation.trials import explained
 from streamlens.analyses.result import Result
-from streamlens.analyses.source import Corpus, Origin, source_of, watched
+from streamlens.analyses.source import Corpus, Origin, watched
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
 
@@ -35,14 +36,16 @@ class GreedyResult(Result):
     """For each order the scores of its first 1, 2, ... layers, (trial,)."""
     mode: Mode
     title: str = ""
+    other: GreedyResult | None = None
+    """The same in the other mode, where skip and zero differ: its greedy order may be another one."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row for each order and number of layers."""
+        """Return one row for each mode, order and number of layers."""
         table = []
         for name, order in self.orders.items():
             for count, row in enumerate(score_rows(self.scores[name]), 1):
                 table.append({"order": name, "dropped": count, "layer": order[count - 1], "mode": self.mode, **row})
-        return table
+        return table + (self.other.rows() if self.other else [])
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the score by the number of layers left out, one line for each order."""
@@ -75,7 +78,7 @@ def drop_greedily(
         mode: as in `ablate`.
         random_orders: how many random orders to draw.
         protect_first: leave position 0 as it is.
-        draw_seed: of the random orders, and of the pairing of documents in mode resample.
+        draw_seed: of the random orders, and of the pairing of windows in mode resample.
         stream: which stream; by default the one that the head reads.
         model: for a capture: its model, where it is loaded already.
         progress: show a progress bar.
@@ -93,37 +96,58 @@ def drop_greedily(
         >>> len(found.orders["greedy"]), len(found.orders)
         (2, 5)
     """
-    source = source_of(origin, stream=stream, model=model, **corpus)
-    check_mode(mode)
-    layers = every(source.stream, "layers", mode)
-    wanted = max(1, len(layers) // 2) if count is None else count
-    if not 1 <= wanted <= len(layers):
-        raise UsageError(
-            f"stream {source.stream.name!r} has {len(layers)} layers: drop 1 to {len(layers)}, not {wanted}"
-        )
-    setting = setting_for(source, mode, protect_first=protect_first, seed=draw_seed, progress=progress)
+    study = Study.of(
+        origin,
+        mode,
+        protect_first=protect_first,
+        draw_seed=draw_seed,
+        stream=stream,
+        model=model,
+        progress=progress,
+        **corpus,
+    )
+    layers = every(study.source.stream, "layers", mode)
+    total = len(layers)
+    wanted = max(1, total // 2) if count is None else count
+    if not 1 <= wanted <= total:
+        raise UsageError(f"stream {study.source.stream.name!r} has {total} layers: drop 1 to {total}, not {wanted}")
+    influence, rng = _by_influence(study, layers), np.random.default_rng(draw_seed)
+    orders = {INFLUENCE: influence[:wanted]}
+    orders |= {f"{RANDOM} {k + 1}": tuple(map(int, rng.permutation(total)[:wanted])) for k in range(random_orders)}
+    modes, found = study.modes(layers), None
+    for each in reversed(modes):
+        found = _in_one_mode(study, in_mode(layers, each), orders, wanted, modes, found)
+    assert found is not None, "there is always the mode that was asked for"
+    return found
 
+
+def _in_one_mode(
+    study: Study,
+    layers: Sequence[Drop],
+    others: Mapping[str, tuple[int, ...]],
+    wanted: int,
+    modes: Sequence[Mode],
+    other: GreedyResult | None,
+) -> GreedyResult:
     def run(sets: Sequence[Sequence[int]], label: str) -> Scores:
-        trials = [Dropped(together([layers[layer] for layer in chosen])) for chosen in sets]
-        return measured(source, setting, trials, label, progress=progress)
+        return study.measured([Dropped(together([layers[layer] for layer in chosen])) for chosen in sets], label)
 
     gone: list[int] = []
     for number in range(wanted):
         left = [layer for layer in range(len(layers)) if layer not in gone]
         scores = run([[*gone, layer] for layer in left], f"greedy {number + 1} of {wanted}")
         gone.append(left[int(np.nanargmin(scores.mean(scores.headline)))])
-    proxies = Proxies(source.stream, layers)
-    with explained():
-        for block in watched(source, "block influence", progress=progress):
-            proxies.update(block)
-    influence = np.argsort(proxies.result()["block_influence"], kind="stable")
-    rng = np.random.default_rng(draw_seed)
-    orders = {GREEDY: tuple(gone), INFLUENCE: tuple(int(i) for i in influence[:wanted])}
-    orders |= {
-        f"{RANDOM} {number + 1}": tuple(int(i) for i in rng.permutation(len(layers))[:wanted])
-        for number in range(random_orders)
-    }
-    every_set = [order[: k + 1] for order in orders.values() for k in range(wanted)]
-    joined = run(every_set, "orders")
+    orders = {GREEDY: tuple(gone), **others}
+    joined = run([order[: k + 1] for order in orders.values() for k in range(wanted)], "orders")
     split = {name: joined.taken(range(index * wanted, (index + 1) * wanted)) for index, name in enumerate(orders)}
-    return GreedyResult(orders, split, mode, f"Layers left out one after the other ({mode}): {source.description}")
+    title = study.title("Layers left out one after the other", joined, modes)
+    return GreedyResult(orders, split, layers[0].mode, title, other)
+
+
+def _by_influence(study: Study, layers: Sequence[Drop]) -> tuple[int, ...]:
+    """Return all layers, those of the least Block Influence first."""
+    proxies = Proxies(study.source.stream, layers)
+    with explained():
+        for block in watched(study.source, "block influence", progress=study.progress):
+            proxies.update(block)
+    return tuple(int(i) for i in np.argsort(proxies.result()["block_influence"], kind="stable"))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-from streamlens.analyses.ablation.runs import Ordered, Setting
+from streamlens.analyses.ablation.runs import Ordered
 from streamlens.analyses.ablation.scores import Scores
+from streamlens.analyses.ablation.study import Study
 from streamlens.analyses.ablation.sweep import score_rows
-from streamlens.analyses.ablation.trials import measured
 from streamlens.analyses.result import Result
-from streamlens.analyses.source import Corpus, Origin, source_of
+from streamlens.analyses.source import Corpus, Origin
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
 
@@ -70,10 +70,10 @@ def swap_neighbours(
         >>> [row["swap"] for row in found.rows()]
         ['layers 0 and 1', 'layers 1 and 2']
     """
-    source = source_of(origin, stream=stream, model=model, **corpus)
-    count = source.stream.layers
+    study = Study.of(origin, stream=stream, model=model, progress=progress, **corpus)
+    name, count = study.source.stream.name, study.source.stream.layers
     if count < 2:
-        raise UsageError(f"stream {source.stream.name!r} has one layer: there are no neighbours to exchange")
+        raise UsageError(f"stream {name!r} has one layer: there are no neighbours to exchange")
     swaps = [Ordered(f"layers {i} and {i + 1}", (*range(i), i + 1, i, *range(i + 2, count))) for i in range(count - 1)]
-    scores = measured(source, Setting.of(source), swaps, "swap neighbours", progress=progress)
-    return SwapResult(tuple(swaps), scores, f"Neighbouring layers exchanged: {source.description}")
+    scores = study.measured(swaps, "swap neighbours")
+    return SwapResult(tuple(swaps), scores, study.title("Neighbouring layers exchanged", scores))

@@ -11,14 +11,13 @@ import numpy as np
 from streamlens.analyses.ablation.runs import Runs
 from streamlens.analyses.ablation.scores import Scores
 from streamlens.analyses.ablation.spans import Drop, Mode, every, extent, together
-from streamlens.analyses.ablation.sweep import check_mode, setting_for
-from streamlens.analyses.ablation.trials import Play, Score, measured
+from streamlens.analyses.ablation.study import Study, check_units, in_mode
+from streamlens.analyses.ablation.trials import Play, Score
 from streamlens.analyses.result import Result
-from streamlens.analyses.source import Corpus, Origin, source_of
+from streamlens.analyses.source import Corpus, Origin
 from streamlens.analyses.statistics import Floats
 from streamlens.anatomy import Stream
 from streamlens.checkpoint.model import Model
-from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +37,13 @@ class PairsResult(Result):
     scores: Scores
     """(trial,): the units first, then the pairs."""
     title: str = ""
+    other: PairsResult | None = None
+    """The same in the other mode, where skip and zero differ."""
+
+    @property
+    def mode(self) -> Mode:
+        """How the units were left out."""
+        return self.units[0].mode
 
     @property
     def alone(self) -> Floats:
@@ -54,26 +60,31 @@ class PairsResult(Result):
         return found
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row for each pair, the strongest interaction first; low and high are its 95 % interval."""
+        """Return one row for each pair and mode, the strongest interaction first; low and high are its 95 % interval.
+
+        It is over the documents or windows that ``interval_over`` names.
+        """
         head, count = self.scores.headline, len(self.units)
-        sums, mean = self.scores.columns(head)[0], self.scores.mean(head)
-        table = []
-        for index, (i, j) in enumerate(self.pairs):
-            found = self.scores.interval_of(head, sums[count + index] - sums[i] - sums[j])
-            table.append(
-                {
-                    "first": self.units[i].label,
-                    "second": self.units[j].label,
-                    "mode": self.units[i].mode,
-                    "interaction": found.mean,
-                    "low": found.low,
-                    "high": found.high,
-                    head: float(mean[count + index]),
-                    f"{head}_first": float(mean[i]),
-                    f"{head}_second": float(mean[j]),
-                }
-            )
-        return sorted(table, key=lambda row: -abs(row["interaction"]))
+        mean, first, second = self.scores.mean(head), *np.array(self.pairs, np.int64).reshape(-1, 2).T
+        # The three runs are drawn alike, so the interval is that of the paired difference.
+        low, high = self.scores.intervals_of(head, lambda sums: sums[count:] - sums[first] - sums[second])
+        table: list[dict[str, Any]] = [
+            {
+                "first": self.units[i].label,
+                "second": self.units[j].label,
+                "mode": self.mode,
+                "interaction": float(mean[count + index] - mean[i] - mean[j]),
+                "low": float(low[index]),
+                "high": float(high[index]),
+                "interval_over": self.scores.unit,
+                head: float(mean[count + index]),
+                f"{head}_first": float(mean[i]),
+                f"{head}_second": float(mean[j]),
+            }
+            for index, (i, j) in enumerate(self.pairs)
+        ]
+        table.sort(key=lambda row: -abs(row["interaction"]))
+        return table + (self.other.rows() if self.other else [])
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the interaction of every two units."""
@@ -104,7 +115,7 @@ def ablate_pairs(
         mode: as in `ablate`.
         units: ``layers`` or ``sublayers``.
         protect_first: leave position 0 as it is.
-        draw_seed: of the pairing of documents in mode resample.
+        draw_seed: of the pairing of windows in mode resample.
         stream: which stream; by default the one that the head reads.
         model: for a capture: its model, where it is loaded already.
         progress: show a progress bar.
@@ -121,23 +132,38 @@ def ablate_pairs(
         >>> ablate_pairs(encoder, inputs=torch.randn(4, 5, 8), progress=False).interaction.shape
         (3, 3)
     """
-    source = source_of(origin, stream=stream, model=model, **corpus)
-    check_mode(mode)
-    if units not in ("layers", "sublayers"):
-        raise UsageError(f"units of pairs are layers or sublayers, not {units!r}")
-    single = every(source.stream, units, mode)
-    pairs = tuple((i, j) for i in range(len(single)) for j in range(i + 1, len(single)))
-    setting = setting_for(source, mode, protect_first=protect_first, seed=draw_seed, progress=progress)
-    scores = measured(
-        source,
-        setting,
-        len(single) + len(pairs),
-        "ablate pairs",
-        play=_in_turn(source.stream, single, pairs),
+    check_units(units, "pairs", "layers", "sublayers")
+    study = Study.of(
+        origin,
+        mode,
+        protect_first=protect_first,
+        draw_seed=draw_seed,
+        stream=stream,
+        model=model,
         progress=progress,
+        **corpus,
     )
-    title = f"Pairs of {units} left out ({mode}): {source.description}"
-    return PairsResult(tuple(single), pairs, scores, title)
+    single = every(study.source.stream, units, mode)
+    pairs = tuple((i, j) for i in range(len(single)) for j in range(i + 1, len(single)))
+    modes, size = study.modes(single), len(single) + len(pairs)
+    turns = [_in_turn(study.source.stream, in_mode(single, each), pairs) for each in modes]
+    scores = study.measured(size * len(modes), "ablate pairs", play=_one_after_the_other(turns, size))
+    title, found = study.title(f"Pairs of {units} left out", scores, modes), None
+    for number, each in reversed(list(enumerate(modes))):
+        own = scores.taken(range(number * size, (number + 1) * size))
+        found = PairsResult(tuple(in_mode(single, each)), pairs, own, title, other=found)
+    assert found is not None, "there is always the mode that was asked for"
+    return found
+
+
+def _one_after_the_other(plays: Sequence[Play], size: int) -> Play:
+    """Run several plays of so many trials each, numbered on."""
+
+    def play(runs: Runs, score: Score) -> None:
+        for number, one in enumerate(plays):
+            one(runs, lambda index, output, number=number: score(number * size + index, output))  # type: ignore[misc]
+
+    return play
 
 
 def _in_turn(stream: Stream, units: Sequence[Drop], pairs: Sequence[tuple[int, int]]) -> Play:

@@ -37,9 +37,11 @@ class Proxies:
     def update(self, block: Block) -> None:
         """Take one more block into account."""
         docs, positions = block.shape
-        for index, unit in enumerate(self._units):
+        running = _Running(block)
+        # Sorted, so that a contiguous block of layers follows the one that it adds a layer to: no write is added twice.
+        for index in sorted(range(len(self._units)), key=lambda i: self._units[i].sublayers):
             try:
-                before, after, write = self._measured(block, unit)
+                before, after, write = self._measured(block, self._units[index], running)
             except MissingDataError:
                 continue  # a narrowed capture can hold all that a run needs, and not the state after it: no proxy then
             later = torch.arange(positions, device=before.device).repeat(docs) > 0
@@ -59,14 +61,39 @@ class Proxies:
         """(unit,) the mean of each proxy: without position 0; the angular distance at each window's last token."""
         return {name: np.array(moments.mean) for name, moments in self._moments.items()}
 
-    def _measured(self, block: Block, unit: Drop) -> tuple[Tensor, Tensor, Tensor]:
+    def _measured(self, block: Block, unit: Drop, running: _Running) -> tuple[Tensor, Tensor, Tensor]:
         first, last = extent(self._stream, unit)
-        before = block.states[first].double()
-        write = sum((block.writes[s].double() for s in unit.sublayers), torch.zeros_like(before))
+        before, write = running.state(first), running.write(unit.sublayers)
         steps = touched(self._stream, unit)
         if len(steps) == 1 and len(steps[first]) < len(self._stream.steps[first].sublayers):
             return before, before + write, write  # one of two parallel writes has no state of its own after it
         return before, block.states[last].double(), write
+
+
+class _Running:
+    """The state and the sum of writes that were asked for last, in float64: the next ones often begin with them."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        self._at, self._state = -1, torch.empty(0)
+        self._added: tuple[int, ...] = ()
+        self._sum = torch.empty(0)
+
+    def state(self, index: int) -> Tensor:
+        if index != self._at:
+            self._state, self._at = self._block.states[index].double(), index
+        return self._state
+
+    def write(self, sublayers: tuple[int, ...]) -> Tensor:
+        have = len(self._added)
+        if have and sublayers[:have] == self._added:
+            total, rest = self._sum, sublayers[have:]
+        else:
+            total, rest = torch.zeros_like(self._block.writes[sublayers[0]], dtype=torch.float64), sublayers
+        for s in rest:
+            total = total + self._block.writes[s].double()
+        self._added, self._sum = sublayers, total
+        return total
 
 
 def rank_correlation(proxy: Floats, score: Floats) -> tuple[float, float]:

@@ -122,7 +122,7 @@ class Effects:
             last = self._unembedding.directions(block, targets, centred=False).to(self._setting.device).double()
             chain = self._directions(block, last)
             whole = self._unembedding.target_logit(block.states[-1], targets).double()
-            self._tally.begin(block.start, block.doc.reshape(docs, positions)[:, 0], None)
+            self._tally.begin(block.start, block.doc.reshape(docs, positions), None)
             counted = (known & (torch.arange(positions) > 0)).flatten().to(last.device)
             self._count += float(counted.sum())
             for index, unit in enumerate(self._units):

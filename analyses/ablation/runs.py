@@ -80,7 +80,7 @@ class Setting:
     means: Tensor | None = None
     """(sublayer, 1 or position, d_model): what takes the place of a write in mode mean."""
     seed: int = 0
-    """Of the pairing of documents in mode resample."""
+    """Of the pairing of windows in mode resample."""
     needs_spare: bool = False
     """Whether mode resample may be used."""
 
@@ -116,14 +116,14 @@ class Setting:
 
 
 class Spare:
-    """The last document of the block before, for a block that has no other document to take writes from."""
+    """The last window of the block before, for a block that has no other window to take writes from."""
 
     def __init__(self) -> None:
         """Start with none."""
         self.writes: list[Tensor] | None = None
 
     def keep(self, block: Block) -> None:
-        """Keep one document of this block."""
+        """Keep one window of this block."""
         docs, positions = block.shape
         self.writes = [w[(docs - 1) * positions :].clone() for w in block.writes]
 
@@ -234,7 +234,7 @@ class Runs:
         """Return what takes the place of a write, (doc, position, d_model).
 
         Raises:
-            UsageError: mode resample without a second document of the same length.
+            UsageError: mode resample without a second window of the same length.
         """
         own = self._laid_out(self.block.writes[index])
         if mode == "mean":
@@ -247,19 +247,25 @@ class Runs:
         spare = self.spare.writes
         if spare is None or spare[index].shape != own[0].shape:
             raise UsageError(
-                "mode resample takes the writes of another document of the same length, and a batch holds only one: "
-                "capture, or run, with a larger --batch-tokens"
+                f"mode resample takes the writes of another window of the same length, and tokens {self.block.start} "
+                f"to {self.block.stop} are one window of {self.shape[1]} tokens without another before it: cut the "
+                f"text into windows of equal length, two or more to a batch (--window and --batch-tokens, not "
+                f"--ragged; for a capture, when it is made), or use mode mean"
             )
         return spare[index][None].to(own)
 
     @cached_property
     def _partners(self) -> Tensor:
-        """A random cycle through all documents: nobody gets their own (Sattolo 1986)."""
-        docs = self.shape[0]
+        """(window,) whose writes each window gets: each one's once, of another document wherever that is possible."""
+        docs = self.block.doc.reshape(self.shape)[:, 0]
         generator = torch.Generator().manual_seed(hash((self.setting.seed, self.block.start)) % 2**63)
-        order = torch.randperm(docs, generator=generator)
+        order = torch.randperm(len(docs), generator=generator)
+        _, place, size = torch.unique(docs, return_inverse=True, return_counts=True)
+        # In random order but document by document, a step as long as the largest document leads out of each of them.
+        order = order[torch.argsort(torch.randperm(len(size), generator=generator)[place[order]], stable=True)]
+        largest = int(size.max())
         partners = torch.empty_like(order)
-        partners[order] = order.roll(1)
+        partners[order] = order.roll(largest if largest < len(docs) else 1)
         return partners.to(self.setting.device)
 
     def _replaced(self, mode: Mode, step: int, x: Tensor, gone: Sequence[int], *, clean: bool) -> Tensor:

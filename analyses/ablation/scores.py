@@ -1,25 +1,26 @@
-"""What a change does to the output: for each document the sums from which every score and interval is made.
+"""What a change does to the output: the sums from which every score and interval is made.
 
 Scores are paired: each token is compared with itself in the unchanged model. All are in nats or shares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streamlens.analyses.statistics import Floats, Interval, bootstrap
+from streamlens.analyses.statistics import Floats, Interval, Resampled, Unit, interval_of
 
 CHUNK = 2**19
 """Logits that are scored at once: so many that they stay in the cache of a core."""
 
-FEW_DOCUMENTS = 10
-"""With fewer documents the interval is over windows: resampling three documents says nothing."""
+LEAST = -1e4
+"""Log-probability of a token that the head hides behind minus infinity: 0 * LEAST is 0, where 0 * -inf is NaN."""
 
 FIELDS = ("delta_loss", "kl", "top1_agreement", "pooled_distance")
 
@@ -90,7 +91,7 @@ def _pieces(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     step = max(1, CHUNK // flat.shape[-1])
     for start in range(0, len(flat), step):
         rows = slice(start, min(len(flat), start + step))
-        yield rows, flat[rows].float().log_softmax(-1)
+        yield rows, flat[rows].float().log_softmax(-1).clamp_(min=LEAST)
 
 
 def _expected(p: Tensor, log_q: Tensor) -> Tensor:
@@ -105,20 +106,26 @@ def _cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums for each trial and window, and the means and intervals over them.
+    """Sums for each trial, and the means and intervals over them.
 
-    Axis words: ``trial``, ``window`` (a run of tokens of one document, as the model sees them), ``part`` (0: all
-    positions but the first, 1: the first one).
+    Axis words: ``trial``, ``part`` (0: all positions but the first, 1: the first one), ``draw`` (of the units that
+    intervals are over; see `statistics.Resampled`).
     """
 
     sums: Mapping[str, Floats]
-    """(trial, part, window) by score."""
+    """(trial, part) by score."""
     counts: Mapping[str, Floats]
-    """(part, window) by score: how many tokens (or windows) each sum is over."""
+    """(part,) by score: how many tokens (or windows) each sum is over."""
     loss: Floats
-    """(part, window) sum of the unchanged model's loss."""
-    doc: NDArray[np.int64]
-    """(window,) the document that it belongs to."""
+    """(part,) sum of the unchanged model's loss."""
+    drawn: Mapping[str, Floats]
+    """(trial, draw) by score: the sums without position 0 in each draw."""
+    drawn_counts: Mapping[str, Floats]
+    """(draw,) by score: how many tokens (or windows) those are over."""
+    unit: Unit
+    """What intervals are over: documents, or windows where there are few documents."""
+    units: int
+    """How many of them."""
 
     @property
     def headline(self) -> str:
@@ -126,15 +133,10 @@ class Scores:
         return next((name for name in FIELDS if name in self.counts and self.counts[name].sum() > 0), FIELDS[0])
 
     @property
-    def unit(self) -> str:
-        """What intervals are over: documents, or windows where there are few documents."""
-        return "document" if len(np.unique(self.doc)) >= FEW_DOCUMENTS else "window"
-
-    @property
     def base_loss(self) -> float:
         """Mean loss of the unchanged model in nats, without position 0."""
-        count = self.counts["delta_loss"][0].sum() if "delta_loss" in self.counts else 0.0
-        return float(self.loss[0].sum() / count) if count else float("nan")
+        count = self.counts["delta_loss"][0] if "delta_loss" in self.counts else 0.0
+        return float(self.loss[0] / count) if count else float("nan")
 
     def mean(self, name: str, *, with_first: bool = False) -> Floats:
         """(trial,) the mean of a score over tokens; NaN where there are none.
@@ -143,86 +145,136 @@ class Scores:
             name: one of `FIELDS`.
             with_first: also over position 0.
         """
-        trials = len(next(iter(self.sums.values())))
-        if name not in self.sums:
-            return np.full(trials, np.nan)
-        total, count = self.columns(name, with_first=with_first)
-        if not count.sum():
-            return np.full(trials, np.nan)
-        return np.asarray(total.sum(-1) / count.sum(), np.float64)
+        parts = slice(0, 2) if with_first else slice(0, 1)
+        count = self.counts[name][parts].sum() if name in self.counts else 0.0
+        if not count:
+            return np.full(len(next(iter(self.sums.values()))), np.nan)
+        return np.asarray(self.sums[name][:, parts].sum(-1) / count, np.float64)
+
+    @cached_property
+    def _intervals(self) -> dict[str, tuple[Floats, Floats]]:
+        return {}
+
+    def intervals(self, name: str) -> tuple[Floats, Floats]:
+        """Return the ends of the 95 % interval of each trial's mean, each (trial,); found once and kept."""
+        if name not in self._intervals:
+            self._intervals[name] = self.intervals_of(name, lambda sums: sums)
+        return self._intervals[name]
+
+    def intervals_of(self, name: str, combine: Callable[[Floats], Floats]) -> tuple[Floats, Floats]:
+        """Return the same of linear combinations of trials: `combine` makes (row, draw) of (trial, draw)."""
+        if name not in self.drawn:
+            return self.mean(name), self.mean(name)
+        return interval_of(combine(self.drawn[name]), self.drawn_counts[name])
 
     def interval(self, name: str, trial: int) -> Interval:
         """Return the mean of a score with its 95 % bootstrap interval."""
-        return self.interval_of(name, self.columns(name)[0][trial])
-
-    def interval_of(self, name: str, sums: Floats) -> Interval:
-        """Return the same of any linear combination of trials, (unit,)."""
-        return bootstrap(sums, self.columns(name)[1])
+        low, high = self.intervals(name)
+        return Interval(float(self.mean(name)[trial]), float(low[trial]), float(high[trial]))
 
     def taken(self, trials: Iterable[int]) -> Scores:
         """Return the scores of some of the trials."""
         rows = list(trials)
-        return replace(self, sums={name: sums[rows] for name, sums in self.sums.items()})
+        return replace(
+            self,
+            sums={name: sums[rows] for name, sums in self.sums.items()},
+            drawn={name: sums[rows] for name, sums in self.drawn.items()},
+        )
 
-    def columns(self, name: str, *, with_first: bool = False) -> tuple[Floats, Floats]:
-        """Return sums (trial, unit) and counts (unit,) of a score, over what intervals are over."""
-        parts = slice(0, 2) if with_first else slice(0, 1)
-        sums, counts = self.sums[name][:, parts].sum(1), self.counts[name][parts].sum(0)
-        if self.unit == "window":
-            return sums, counts
-        _, place = np.unique(self.doc, return_inverse=True)
-        joined, size = np.zeros((len(sums), place.max() + 1)), np.zeros(place.max() + 1)
-        np.add.at(joined.T, place, sums.T)
-        np.add.at(size, place, counts)
-        return joined, size
+
+@dataclass
+class _Open:
+    """The scores of one block, window by window, before they are folded in."""
+
+    start: int
+    doc: NDArray[np.int64]
+    positions: int
+    sums: dict[str, Floats] = field(default_factory=dict)
+    """(trial, part, window) by score."""
+    counts: dict[str, Floats] = field(default_factory=dict)
+    """(part, window) by score."""
 
 
 class Tally:
-    """Collects the scores of all trials, block by block."""
+    """Collects the scores of all trials, block by block, in memory that does not grow with the text."""
 
     def __init__(self, trials: int, names: Sequence[str] = FIELDS) -> None:
         """Start with nothing, for so many trials and these scores."""
         self._trials, self._names = trials, tuple(names)
-        self._blocks: dict[int, dict[str, Floats]] = {}
+        self._open: _Open | None = None
+        self._sums: dict[str, Floats] = {}
+        self._counts: dict[str, Floats] = {}
+        self._drawn: dict[str, Resampled] = {}
+        self._loss, self._windows = np.zeros(2), 0
 
     def begin(self, start: int, doc: Tensor, loss: Tensor | None) -> None:
-        """Open a block.
+        """Open a block; the one before is closed.
 
         Args:
             start: its first token.
-            doc: (window,) which document each window belongs to.
+            doc: (window, position) int, which document each token belongs to.
             loss: (window, position) of the unchanged model, NaN without a target; None without logits.
         """
-        empty = np.zeros((2, len(doc)))
-        first = {"loss": empty if loss is None else _by_window(loss)[0]}
-        self._blocks[start] = {"doc": doc.numpy().astype(np.int64), **first}
+        self._close()
+        self._open = _Open(start, doc[:, 0].cpu().numpy().astype(np.int64), doc.shape[1])
+        self._windows += len(doc)
+        if loss is not None:
+            self._loss += _by_window(loss)[0].sum(-1)
 
     def add(self, start: int, trial: int, scores: Mapping[str, Tensor]) -> None:
-        """Add the scores of a trial in an open block: each (window, position), or (window,)."""
-        block = self._blocks[start]
+        """Add the scores of a trial in the open block: each (window, position), or (window,)."""
+        block = self._open
+        assert block is not None, "no block is open"
+        assert block.start == start, "another block is open"
         for name, values in scores.items():
             sums, counts = _by_window(values)
-            shape = (self._trials, *sums.shape)
-            block.setdefault(f"sum/{name}", np.full(shape, np.nan))[trial] = sums
-            block[f"count/{name}"] = counts
+            block.sums.setdefault(name, np.full((self._trials, *sums.shape), np.nan))[trial] = sums
+            block.counts[name] = counts
+
+    def _close(self) -> None:
+        """Fold the open block in."""
+        block, self._open = self._open, None
+        if block is None:
+            return
+        # The first token of a window is its number, whatever else its block holds.
+        window = block.start + block.positions * np.arange(len(block.doc))
+        for name, sums in block.sums.items():
+            counts = block.counts[name]
+            if name not in self._sums:
+                self._sums[name], self._counts[name] = np.zeros(sums.shape[:2]), np.zeros(2)
+                self._drawn[name] = Resampled(self._trials + 1)
+            self._sums[name] += sums.sum(-1)
+            self._counts[name] += counts.sum(-1)
+            self._drawn[name].add(np.concatenate([sums[:, 0], counts[None, 0]]), block.doc, window)
 
     def merge(self, other: Tally) -> None:
         """Fold another partial result in."""
-        self._blocks |= other._blocks
+        self._close()
+        other._close()
+        self._loss += other._loss
+        self._windows += other._windows
+        for name, drawn in other._drawn.items():
+            if name not in self._drawn:
+                self._sums[name], self._counts[name] = np.zeros_like(other._sums[name]), np.zeros(2)
+                self._drawn[name] = Resampled(self._trials + 1)
+            self._sums[name] += other._sums[name]
+            self._counts[name] += other._counts[name]
+            self._drawn[name].merge(drawn)
 
     def result(self) -> Scores:
-        """Return the sums so far, in the order of the tokens."""
-        blocks = [self._blocks[start] for start in sorted(self._blocks)]
-        names = [name for name in self._names if blocks and f"sum/{name}" in blocks[0]]
-
-        def joined(key: str) -> Floats:
-            return np.concatenate([block[key] for block in blocks], axis=-1)
-
+        """Return the sums so far."""
+        self._close()
+        names = [name for name in self._names if name in self._drawn]
+        first = self._drawn[names[0]] if names else Resampled()
+        drawn = {name: self._drawn[name].drawn for name in names}
         return Scores(
-            {name: joined(f"sum/{name}") for name in names},
-            {name: joined(f"count/{name}") for name in names},
-            joined("loss"),
-            joined("doc").astype(np.int64),
+            {name: self._sums[name].copy() for name in names},
+            {name: self._counts[name].copy() for name in names},
+            self._loss.copy(),
+            {name: sums[:-1].copy() for name, sums in drawn.items()},
+            {name: sums[-1].copy() for name, sums in drawn.items()},
+            first.unit,
+            first.documents if first.unit == "document" else self._windows,
         )
 
 

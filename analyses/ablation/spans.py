@@ -17,7 +17,7 @@ from streamlens.replay import advance
 Mode = Literal["skip", "zero", "mean", "resample"]
 MODES: tuple[Mode, ...] = ("skip", "zero", "mean", "resample")
 """skip: the next state is the state before, without addition and norm. The others put something in place of what is
-written, and keep what follows: nothing (zero), the mean over the text, what was written in another document."""
+written, and keep what follows: nothing (zero), the mean over the text, what was written in another window."""
 
 KINDS = ("attn", "cross_attn", "mixer", "mlp")
 
@@ -125,8 +125,8 @@ def chosen(stream: Stream, drop: Sequence[str | int] | str | int, mode: Mode = "
     return together(pieces)
 
 
-def every(stream: Stream, units: str = "all", mode: Mode = "skip") -> list[Drop]:
-    """Return each layer, each sublayer, or both (``layers``, ``sublayers``, ``all``) as a drop of its own.
+def every(stream: Stream, units: str = "both", mode: Mode = "skip") -> list[Drop]:
+    """Return each layer, each sublayer, or both (``layers``, ``sublayers``, ``both``) as a drop of its own.
 
     A layer of one sublayer is listed once.
     """
@@ -182,14 +182,13 @@ def is_plain(stream: Stream, step: int, parameters: Mapping[str, Tensor]) -> boo
 
 
 def in_modes(stream: Stream, drops: Iterable[Drop], parameters: Mapping[str, Tensor]) -> list[Drop]:
-    """Return the drops, each also in the other mode where skip and zero differ: both are always reported."""
+    """Return the drops; where skip and zero differ, each is followed by itself in the other of the two modes."""
     plain = {k: is_plain(stream, k, parameters) for k in range(len(stream.steps))}
     found: list[Drop] = []
     for drop in drops:
+        found.append(drop)
         steps = touched(stream, drop)
         differs = any(not plain[k] and len(gone) == len(stream.steps[k].sublayers) for k, gone in steps.items())
         if drop.mode in ("skip", "zero") and differs:
-            found += [replace(drop, mode="skip"), replace(drop, mode="zero")]
-        else:
-            found.append(drop)
+            found.append(replace(drop, mode="zero" if drop.mode == "skip" else "skip"))
     return found

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from streamlens.analyses.ablation.proxies import Proxies, rank_correlation
-from streamlens.analyses.ablation.runs import Dropped, Setting
+from streamlens.analyses.ablation.runs import Dropped
 from streamlens.analyses.ablation.scores import Scores
-from streamlens.analyses.ablation.spans import MODES, Drop, Mode, chosen, every, in_modes
-from streamlens.analyses.ablation.trials import mean_writes, measured
+from streamlens.analyses.ablation.spans import Drop, Mode, chosen, every, in_modes
+from streamlens.analyses.ablation.study import Study, check_units
 from streamlens.analyses.result import Result
-from streamlens.analyses.source import Corpus, Origin, Source, source_of
+from streamlens.analyses.source import Corpus, Origin
 from streamlens.analyses.statistics import Floats
 from streamlens.checkpoint.model import Model
-from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,13 +29,13 @@ class AblationResult(Result):
     drops: tuple[Drop, ...]
     """(drop,) what was left out, and in which mode."""
     scores: Scores
-    """Sums by document or window; `rows` has the means and intervals."""
+    """Sums over tokens; `rows` has the means and intervals."""
     proxies: Mapping[str, Floats]
     """(drop,) block_influence, relative_write and angular_distance, from the states alone; may be empty."""
     title: str = ""
 
     def __getitem__(self, label: str) -> dict[str, Any]:
-        """Return the first row of this label, such as ``layer 7``.
+        """Return the row of this label, such as ``layer 7``, in the mode that was asked for.
 
         Raises:
             KeyError: there is none.
@@ -46,8 +45,9 @@ class AblationResult(Result):
     def rows(self) -> list[dict[str, Any]]:
         """Return one row for each drop.
 
-        ``low`` and ``high`` are the 95 % interval of the first score that there is: delta_loss, else kl, else
-        pooled_distance. Means leave out position 0; columns that end in ``_with_first`` do not.
+        ``low`` and ``high`` are the 95 % interval of the first score that there is (delta_loss, else kl, else
+        pooled_distance) over the documents or windows that ``interval_over`` names. Means leave out position 0; columns
+        that end in ``_with_first`` do not.
         """
         table = score_rows(self.scores)
         for index, (row, drop) in enumerate(zip(table, self.drops, strict=True)):
@@ -94,11 +94,12 @@ def score_rows(scores: Scores) -> list[dict[str, Any]]:
     for name in ("delta_loss", "kl", "top1_agreement"):
         if name in columns:
             columns[f"{name}_with_first"] = scores.mean(name, with_first=True)
-    rows = []
-    for index in range(len(scores.mean(head))):
+    low, high = scores.intervals(head)
+    rows: list[dict[str, Any]] = []
+    for index in range(len(low)):
         row = {name: float(values[index]) for name, values in columns.items()}
-        found = scores.interval(head, index)
-        rows.append({head: row.pop(head), "low": found.low, "high": found.high, **row})
+        ends: dict[str, Any] = {"low": float(low[index]), "high": float(high[index]), "interval_over": scores.unit}
+        rows.append({head: row.pop(head, float("nan")), **ends, **row})
     return rows
 
 
@@ -111,7 +112,7 @@ def ablate(
     drop: Sequence[str | int] | str | int | None = None,
     mode: Mode = "skip",
     *,
-    units: str = "all",
+    units: str = "both",
     per_position: bool = False,
     protect_first: bool = False,
     draw_seed: int = 0,
@@ -120,7 +121,7 @@ def ablate(
     progress: bool = True,
     **corpus: Unpack[Corpus],
 ) -> AblationResult:
-    """Leave layers or sublayers out and measure what the model loses.
+    """Leave layers or sublayers out and measure what the model loses (Veit et al. 1605.06431; Lad et al. 2406.19384).
 
     Each run begins at the stored state before what is dropped, so a sweep costs half of as many forward passes. The
     model is edited while it runs and left as it was.
@@ -130,21 +131,21 @@ def ablate(
         drop: what to drop, all of it together in one run: layers (``7``, ``"3-5"``), sublayers (``"7.attn"``, a label).
             Without it, each layer and each sublayer is dropped by itself.
         mode: ``skip`` (the state after is the state before, without addition and norm), ``zero`` (nothing is
-            written), ``mean`` (the mean write over the text, without position 0, is written) or ``resample`` (what was
-            written in another document is written). Where skip and zero differ (a norm after the addition, a factor on
-            the skip) both are reported. Of two parallel writes, one alone is dropped by writing zero.
-        units: of a sweep: ``layers``, ``sublayers`` or ``all``.
+            written), ``mean`` (the mean write over the text, without position 0) or ``resample`` (what was written in
+            another window, of another document where the batch has several). Where skip and zero differ (a norm after
+            the addition, a factor on the skip) both are reported. Of two parallel writes, one alone is set to zero.
+        units: of a sweep: ``layers``, ``sublayers`` or ``both``.
         per_position: in mode mean: a mean for each position.
         protect_first: leave position 0 as it is, so that what is measured is not the loss of the attention sink.
-        draw_seed: of the pairing of documents in mode resample.
+        draw_seed: of the pairing of windows in mode resample.
         stream: which stream; by default the one that the head reads.
         model: for a capture: its model, where it is loaded already.
         progress: show a progress bar.
         **corpus: for a live model: what it is shown, as in `streamlens.capture`.
 
     Returns:
-        Increase of the loss, KL divergence, top-1 agreement and perplexity ratio, with an interval over documents
-        (Lad et al. 2406.19384; Veit et al. 1605.06431); for a model without logits, how far its pooled output turns.
+        Increase of the loss, KL divergence, top-1 agreement and perplexity ratio; without logits, how far the pooled
+        output turns. Intervals are over documents, or over windows where there are fewer than ten documents.
 
     Raises:
         UsageError: a layer or mode that does not exist.
@@ -160,34 +161,25 @@ def ablate(
         >>> found["1_mlp_out"]["pooled_distance"]
         0.0
     """
-    source = source_of(origin, stream=stream, model=model, **corpus)
-    check_mode(mode)
-    if units not in ("all", "layers", "sublayers"):
-        raise UsageError(f"units are layers, sublayers or all, not {units!r}")
-    drops = every(source.stream, units, mode) if drop is None else [chosen(source.stream, drop, mode)]
-    setting = setting_for(
-        source, mode, per_position=per_position, protect_first=protect_first, seed=draw_seed, progress=progress
+    check_units(units, "a sweep", "layers", "sublayers", "both")
+    study = Study.of(
+        origin,
+        mode,
+        per_position=per_position,
+        protect_first=protect_first,
+        draw_seed=draw_seed,
+        stream=stream,
+        model=model,
+        progress=progress,
+        **corpus,
     )
-    drops = in_modes(source.stream, drops, setting.parameters)
-    proxies = Proxies(source.stream, drops)
-    scores = measured(source, setting, [Dropped(d) for d in drops], "ablate", also=proxies.update, progress=progress)
-    first = ", position 0 left alone" if protect_first else ""
-    return AblationResult(tuple(drops), scores, proxies.result(), f"Layer drop ({mode}{first}): {source.description}")
+    return _sweep(study, None if drop is None else chosen(study.source.stream, drop, mode), units)
 
 
-def check_mode(mode: str) -> None:
-    """Refuse a mode that there is not.
-
-    Raises:
-        UsageError: it is none of `MODES`.
-    """
-    if mode not in MODES:
-        raise UsageError(f"no mode {mode!r}; there are {', '.join(MODES)}")
-
-
-def setting_for(
-    source: Source, mode: Mode, *, per_position: bool = False, protect_first: bool, seed: int, progress: bool
-) -> Setting:
-    """Return what runs in this mode need; mode mean looks at all writes first."""
-    means = mean_writes(source, per_position=per_position, progress=progress) if mode == "mean" else None
-    return Setting.of(source, protect_first=protect_first, means=means, seed=seed, needs_spare=mode == "resample")
+def _sweep(study: Study, one: Drop | None, units: str) -> AblationResult:
+    stream = study.source.stream
+    drops = in_modes(stream, every(stream, units, study.mode) if one is None else [one], study.setting.parameters)
+    proxies = Proxies(stream, drops)
+    scores = study.measured([Dropped(d) for d in drops], "ablate", also=proxies.update)
+    title = study.title("Layer drop", scores, tuple(dict.fromkeys(d.mode for d in drops)))
+    return AblationResult(tuple(drops), scores, proxies.result(), title)

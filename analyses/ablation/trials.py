@@ -55,7 +55,7 @@ class Ablation:
                 reference = Reference(output, self._targets(block, output))
                 loss = reference.loss.reshape(output.shape[:-1])
             del output
-            self._tally.begin(block.start, block.doc.reshape(docs, positions)[:, 0], loss)
+            self._tally.begin(block.start, block.doc.reshape(docs, positions), loss)
 
             def score(index: int, changed: Tensor) -> None:
                 self._tally.add(block.start, index, reference.compare(changed))
