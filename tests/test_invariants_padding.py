@@ -11,6 +11,7 @@ from torch import Tensor
 
 import streamlens as sl
 from streamlens.calling import invoke
+from streamlens.errors import UsageError
 from streamlens.observation import Observation, tokens
 from tests.conftest import Case, case, minilm, smollm2
 
@@ -76,6 +77,19 @@ def test_padding_leaves_the_tokens_as_they_are(name: str, side: str) -> None:
                     own = tokens(ours[index], stream, len(rows), width)[number, valid]
                     other = tokens(theirs[index], stream, 1, int(valid.sum()))[0]
                     torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_a_capture_of_padded_inputs_is_refused(name: str, tmp_path: Path) -> None:
+    """A file has no mask: its rows would count padding as text, at positions that are not the model's."""
+    found = case(name)
+    rows = [torch.arange(5, 5 + length) for length in LENGTHS]
+    for side in ("left", "right"):
+        inputs = for_model(found, padded(rows, side, positions=name in PLACED))
+        streams = ["encoder"] if name == "t5" else None
+        with pytest.raises(UsageError, match=r"attention_mask marks .* as padding"):
+            sl.capture(found.module, inputs=inputs, out=tmp_path / "x.h5", streams=streams, progress=False)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mask_without_zeros_is_no_padding(tmp_path: Path) -> None:
