@@ -15,7 +15,7 @@ from streamlens.anatomy import Instruction, Norm, Stream
 from streamlens.errors import MissingDataError
 from streamlens.replay import last, parameter_names, run
 
-_LARGE = 2.0**20
+_LARGE = 2.0**40
 """Size of the probe: a power of two, so that scaling is exact, beside which any epsilon is nothing."""
 
 
@@ -65,7 +65,7 @@ def stream_norms(stream: Stream, parameters: Mapping[str, Tensor]) -> dict[int, 
     >>> from fixtures import zoo
     >>> from streamlens.discovery.streams import discover
     >>> specimen = zoo.build("bert")
-    >>> stream = discover(specimen.module, dict(specimen.inputs)[""]).stream()
+    >>> stream = discover(specimen.module, dict(specimen.inputs)).stream()
     >>> list(stream_norms(stream, dict(specimen.module.named_parameters())))
     [0, 1, 2, 3, 4]
     """
@@ -77,8 +77,7 @@ def stream_norms(stream: Stream, parameters: Mapping[str, Tensor]) -> dict[int, 
             continue
         if norm.state in found:
             raise MissingDataError(f"state {norm.state} of stream {stream.name!r} passes two norms: not supported yet")
-        applied = _alone(stream, norm, exact)
-        found[norm.state] = _like(read_off(norm.form == "layer_norm", stream.d_model, applied), own)
+        found[norm.state] = _like(_probed(norm, stream.d_model, _alone(stream, norm, exact)), own)
     return found
 
 
@@ -94,30 +93,51 @@ def final_norm(stream: Stream, module: nn.Module) -> tuple[int, FrozenNorm] | No
             if own is None:
                 raise MissingDataError("the final norm is not a module of its own, so it cannot be applied by itself")
             exact = copy.deepcopy(own).cpu().double()
-            with torch.no_grad():
-                found = read_off(norm.form == "layer_norm", stream.d_model, exact)
-            return index, _like(found, dict(own.named_parameters()))
+            return index, _like(_probed(norm, stream.d_model, exact), dict(own.named_parameters()))
     return None
 
 
-def read_off(centred: bool, d_model: int, applied: Callable[[Tensor], Tensor]) -> FrozenNorm:
-    """Learn gain and bias from what a norm makes of one vector and its negative, (1, d_model) float64."""
-    probe = probe_of(d_model)
-    with torch.no_grad():
-        plus, minus = applied(probe).double(), applied(-probe).double()
+def read_off(centred: bool, plus: Float[Tensor, " d_model"], minus: Float[Tensor, " d_model"]) -> FrozenNorm:
+    """Learn gain and bias from what a norm makes of `probe_of` and of its negative.
+
+    Args:
+        centred: whether it subtracts the mean.
+        plus: (d_model,) what it makes of the probe.
+        minus: (d_model,) what it makes of the negative.
+
+    Returns:
+        The map, in the dtype and on the device of `plus`.
+
+    >>> norm = nn.LayerNorm(4, eps=1e-3).double()
+    >>> torch.nn.init.uniform_(norm.weight).shape
+    torch.Size([4])
+    >>> with torch.no_grad():
+    ...     found = read_off(True, norm(probe_of(4))[0], norm(-probe_of(4))[0])
+    >>> torch.equal(found.gain, norm.weight.data), found.bias.tolist()
+    (True, [0.0, 0.0, 0.0, 0.0])
+    """
+    probe = probe_of(len(plus))[0]
     shape = probe - probe.mean() if centred else probe
-    shape = shape / shape.square().mean().sqrt()
-    gain, bias = (plus - minus) / 2 / shape, (plus + minus) / 2
-    return FrozenNorm(centred, gain.reshape(-1), bias.reshape(-1))
+    shape = (shape / shape.square().mean().sqrt()).to(plus)
+    return FrozenNorm(centred, (plus - minus) / 2 / shape, (plus + minus) / 2)
 
 
-def probe_of(d_model: int) -> Tensor:
-    """(1, d_model) float64 of signs that alternate, so large that epsilon is nothing beside it.
+def probe_of(d_model: int, size: float = _LARGE) -> Float[Tensor, "1 d_model"]:
+    """Return float64 entries of signs that alternate, so large that epsilon is nothing beside them.
 
     Each entry is as large as their root mean square, so that a norm gives its gain to the last bit where d_model is
     even.
+
+    >>> probe_of(4, 8.0).tolist()
+    [[8.0, -8.0, 8.0, -8.0]]
     """
-    return torch.where(torch.arange(d_model) % 2 == 0, _LARGE, -_LARGE).double()[None]
+    return torch.where(torch.arange(d_model) % 2 == 0, size, -size).double()[None]
+
+
+def _probed(norm: Norm, d_model: int, applied: Callable[[Tensor], Tensor]) -> FrozenNorm:
+    probe = probe_of(d_model)
+    with torch.no_grad():
+        return read_off(norm.form == "layer_norm", applied(probe).double()[0], applied(-probe).double()[0])
 
 
 def _alone(stream: Stream, norm: Norm, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:

@@ -150,7 +150,7 @@ class ContributionNorms:
                 self._heads_along(block, summand.index, along, measure, table)
 
     def _heads_along(self, block: Block, sublayer: int, along: Tensor, measure: str, table: Tensor) -> None:
-        heads = self._projections[sublayer].heads(block.mixes[sublayer])
+        heads, _ = self._projections[sublayer].split(block.mixes[sublayer], block.writes[sublayer])
         shares = einsum(heads, along, "token head d_model, token d_model -> head token")
         for head, share in enumerate(shares):
             self._put(table, "head", f"{self.stream.sublayers[sublayer].label}.{head}", **{measure: share})
@@ -265,7 +265,7 @@ class _Walk:
                 f"the writes of the heads of {label} come from its value mix, which is not here: capture again with "
                 f"--heads, or measure the live model"
             )
-        written = self.norms._projections[s].heads(self.block.mixes[s])
+        written, _ = self.norms._projections[s].split(self.block.mixes[s], self.block.writes[s])
         read = _dot(state, state)
         for head in range(written.shape[1]):
             own = written[:, head]
