@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +50,23 @@ def _model(options: ModelOptions, as_json: bool) -> None:
     parameters = parameters_of(loaded.module)
     first = first_weight(parameters)
     pilot = fly(loaded.module, probe_of_windows(loaded.module, windows, False, first.device))
+    count = sum(p.numel() for p in loaded.module.parameters())
     if as_json:
-        print_rows("inspect", _sublayers(pilot.anatomy), as_json=True)
+        about = {
+            "source": loaded.source,
+            "class": type(loaded.module).__name__,
+            "parameters": count,
+            "dtype": str(first.dtype).removeprefix("torch."),
+            "vocab_size": loaded.vocab_size,
+            "max_positions": loaded.max_positions,
+            "sha256": loaded.sha256,
+            **_anatomy(pilot.anatomy),
+            "proof": {"exact": pilot.verdict.exact, "worst_error": pilot.verdict.worst},
+            "head_exact": pilot.head_exact,
+        }
+        print_rows("inspect", _sublayers(pilot.anatomy), as_json=True, about=about)
         return
     limit = "no limit" if loaded.max_positions is None else f"{loaded.max_positions:,}"
-    count = sum(p.numel() for p in loaded.module.parameters())
     click.echo(f"{loaded.source}: {type(loaded.module).__name__}, {human_count(count)} parameters, {first.dtype}")
     click.echo(f"vocabulary {human(loaded.vocab_size)}, positions {limit}, sha256 {loaded.sha256[:16]}")
     click.echo(draw(pilot.anatomy))
@@ -69,10 +82,30 @@ def _capture(capture: Capture, as_json: bool) -> None:
     for view in capture.streams.values():
         for health in examine(view):
             rows.append({"stream": view.name, **vars(health)})
-    if as_json:
-        print_rows("inspect", rows, as_json=True)
-        return
     attrs = capture.attrs
+    if as_json:
+        proof = capture.proof
+        named = ("dtype", "model_source", "model_sha256", "text", "text_sha256")
+        about = {
+            "path": capture.path,
+            "tokens": capture.n_tokens,
+            "bytes": capture.n_bytes,
+            "compact": bool(attrs["compact"]),
+            **{name: attrs[name] for name in named},
+            **_anatomy(capture.anatomy),
+            "stored": {view.name: len(view.labels) for view in capture.streams.values()},
+            "proof": {
+                "exact": proof.exact,
+                "worst_error": proof.worst,
+                "blocks": proof.blocks,
+                "exact_blocks": proof.exact_blocks,
+                "state": proof.where,
+                "block": proof.worst_block,
+            },
+            "head_exact": bool(attrs["head_exact"]),
+        }
+        print_rows("inspect", rows, as_json=True, about=about)
+        return
     kind = "compact" if attrs["compact"] else "full"
     click.echo(f"{capture.path}: {capture.n_tokens:,} tokens, {human(capture.n_bytes)} bytes, {attrs['dtype']}, {kind}")
     click.echo(f"model  {attrs['model_source']}  sha256 {str(attrs['model_sha256'])[:16]}")
@@ -105,6 +138,25 @@ def _warnings(rows: list[dict[str, Any]]) -> list[str]:
 
 def _proved(exact: bool, worst: float) -> str:
     return "the writes add up bit for bit" if exact else f"largest relative error {worst:.3g}"
+
+
+def _anatomy(anatomy: Anatomy) -> dict[str, Any]:
+    """The anatomy in short: what the first lines of the drawing say."""
+    return {
+        "streams": [
+            {
+                "name": stream.name,
+                "d_model": stream.d_model,
+                "layers": stream.layers,
+                "sublayers": len(stream.sublayers),
+                "kinds": dict(Counter(s.kind for s in stream.sublayers)),
+                "norms": dict(Counter(s.norm for s in stream.sublayers)),
+                "embedding": [part.label for part in stream.parts],
+            }
+            for stream in anatomy.streams
+        ],
+        "head": {"stream": anatomy.head.stream, "vocab": anatomy.head.vocab},
+    }
 
 
 def _sublayers(anatomy: Anatomy) -> list[dict[str, Any]]:

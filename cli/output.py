@@ -17,11 +17,22 @@ SCHEMA = 1
 _GAP = "  "
 
 
-def print_rows(command: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print the rows of a command to stdout, as a table or as `{"schema": 1, "command": ..., "rows": [...]}`."""
+def print_rows(
+    command: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, about: Mapping[str, Any] | None = None
+) -> None:
+    """Print the rows of a command to stdout, as a table or as `{"schema": 1, "command": ..., "rows": [...]}`.
+
+    Args:
+        command: name of the command.
+        rows: what was found.
+        as_json: print JSON.
+        about: what is true of all rows; in JSON only, under the key of this name.
+    """
     if as_json:
-        payload = {"schema": SCHEMA, "command": command, "rows": plain(list(rows))}
-        click.echo(json.dumps(payload, allow_nan=False))
+        payload: dict[str, Any] = {"schema": SCHEMA, "command": command}
+        if about is not None:
+            payload["about"] = plain(about)
+        click.echo(json.dumps({**payload, "rows": plain(list(rows))}, allow_nan=False))
     elif rows:
         heading, lines = table(rows).split("\n", 1)
         click.echo(f"{bold(heading)}\n{lines}")

@@ -84,11 +84,17 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the bar and say what was done, in which time."""
+        """Close the bar and say what was done, in which time.
+
+        A generator that is left before its end cannot tell whether its reader has enough or has failed (that says so
+        by itself), so then the line counts and does not judge.
+        """
         if self._bar is not None:
             self._bar.close()
         seconds = self._seconds()
-        outcome = "done" if kind is None else f"stopped after {self.tokens:,} of {self.total_tokens:,} tokens"
+        so_far = f"{self.tokens:,} of {self.total_tokens:,} tokens"
+        left = kind is not None and issubclass(kind, GeneratorExit)
+        outcome = "done" if kind is None else so_far if left else f"stopped after {so_far}"
         done = self.tokens - self._resumed_from
         size = f", {human_bytes(self.n_bytes)}" if self.n_bytes else ""
         speed = f", {human_bytes(int(self.n_bytes / seconds))}/s" if self.n_bytes else ""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+import streamlens as sl
 from streamlens.cli.app import main
 
 MODEL = str(Path(__file__).resolve().parent.parent / "fixtures" / "model.pt")
@@ -145,6 +146,40 @@ class TestInspect:
         found = rows(run("inspect", "model.h5", "--json"))
         assert found[-1]["label"] == "final"
         assert all(r["not_finite"] == 0 and r["largest"] > 0 for r in found)
+
+
+def about(result: Result) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(result.stdout)["about"]
+    return found
+
+
+def test_json_of_inspect_says_what_the_drawing_says(run: Run) -> None:
+    """Of a model and of its capture: size, streams, head and the proof; known from how the model was made."""
+    assert run("capture", MODEL, *SMALL).exit_code == 0
+    model, capture = about(run("inspect", MODEL, "--json")), about(run("inspect", "model.h5", "--json"))
+    module = sl.load(MODEL).module
+    assert model["parameters"] == sum(p.numel() for p in module.parameters())
+    assert (model["dtype"], model["max_positions"], model["proof"]["exact"], model["head_exact"]) == (
+        "float32",
+        256,
+        True,
+        True,
+    )
+    (stream,) = model["streams"]
+    assert stream == {
+        "name": "main",
+        "d_model": 80,
+        "layers": 8,
+        "sublayers": 16,
+        "kinds": {"attn": 8, "mlp": 8},
+        "norms": {"pre": 16},
+        "embedding": ["embed", "pos_embed"],
+    }
+    assert (capture["streams"], capture["head"]) == (model["streams"], model["head"])
+    assert (capture["tokens"], capture["model_sha256"]) == (256, model["sha256"])
+    assert capture["stored"] == {"main": 16}
+    wanted = {"exact": True, "worst_error": 0.0, "blocks": 1, "exact_blocks": 1, "state": None, "block": None}
+    assert capture["proof"] == wanted
 
 
 def test_the_dtype_is_that_of_the_weights_not_of_some_index_buffer(run: Run) -> None:

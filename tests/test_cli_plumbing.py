@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +361,22 @@ def test_a_run_that_stops_says_where_and_counts_only_its_own_tokens() -> None:
         "capture: 100 tokens, 40 of them done before\n"
         "capture: stopped after 60 of 100 tokens: 20 tokens, 1000 bytes in 2.0 s (10 tokens/s, 500 bytes/s)\n"
     )
+
+
+def test_whoever_has_enough_did_not_stop() -> None:
+    """An analysis that was asked for some windows leaves the generator of blocks before its end."""
+    stream = io.StringIO()
+
+    def blocks() -> Iterator[int]:
+        with Progress(100, "gradient", stream=stream, clock=ticking(0.0, 2.0)) as progress:
+            for _ in range(5):
+                yield 20
+                progress.update(20)
+
+    for number, _ in enumerate(blocks()):
+        if number == 2:
+            break
+    assert stream.getvalue() == ("gradient: 100 tokens\ngradient: 40 of 100 tokens: 40 tokens in 2.0 s (20 tokens/s)\n")
 
 
 def test_on_a_terminal_there_is_a_bar() -> None:

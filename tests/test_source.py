@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import streamlens as sl
-from streamlens.analyses.source import CaptureSource, source_of, target_ids
-from streamlens.calling import invoke
+from streamlens.analyses.result import plain
+from streamlens.analyses.source import LIVE_BATCH_TOKENS, CaptureSource, Source, source_of, target_ids
+from streamlens.block import Block
+from streamlens.calling import Inputs, invoke
 from streamlens.checkpoint.model import wrap
 from streamlens.checkpoint.sniff import is_hdf5
+from streamlens.cli.app import main
 from streamlens.errors import MissingDataError, ProofError, UsageError
 from streamlens.observation import observe
 from streamlens.proof import same_bits
@@ -143,3 +149,79 @@ def test_a_live_run_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof.Replay, "write", lambda self, index, tensor: original(self, index, tensor * 1.001))
     with pytest.raises(ProofError, match="the writes do not add up"):
         next(source.blocks())
+
+
+class Own:
+    """A source that somebody else wrote: the two methods and whatever else the protocol asks for, from elsewhere."""
+
+    def __init__(self, behind: Source) -> None:
+        self._behind = behind
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._behind, name)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks of the other one."""
+        return self._behind.blocks()
+
+    def inputs(self, block: Block) -> Inputs:
+        """Return the inputs of the other one."""
+        return self._behind.inputs(block)
+
+
+def own(name: str) -> tuple[Source, Source]:
+    found = case(name)
+    behind = source_of(wrap(found.module, name, {}), inputs=found.inputs)
+    return behind, cast(Source, Own(behind))
+
+
+@pytest.mark.parametrize("analysis", [sl.contribution_norms, sl.logit_lens, sl.ablate])
+def test_a_source_of_ones_own_works_like_any_other(analysis: Callable[..., Any]) -> None:
+    behind, mine = own("gpt2")
+    assert source_of(mine) is mine
+    assert plain(analysis(mine, progress=False).rows()) == plain(analysis(behind, progress=False).rows())
+
+
+def test_a_source_has_its_own_stream_model_and_tokens() -> None:
+    for source in own("gpt2"):
+        for given in (
+            {"stream": "main"},
+            {"model": sl.load(case("gpt2").module)},
+            {"tokens": [[1, 2]]},
+            {"ragged": True},
+        ):
+            with pytest.raises(UsageError, match=f"{next(iter(given))} cannot be given with it"):
+                source_of(source, **given)  # type: ignore[arg-type]
+            with pytest.raises(UsageError, match="cannot be given with it"):
+                sl.logit_lens(source, progress=False, **given)  # type: ignore[arg-type]
+
+
+def test_a_model_needs_no_other_model() -> None:
+    model = sl.load(case("gpt2").module)
+    with pytest.raises(UsageError, match="this is a model already"):
+        source_of(model, model=model, inputs=case("gpt2").inputs)
+
+
+@pytest.mark.parametrize("origin", [None, 7, {"input_ids": [1]}, object()])
+def test_what_is_no_origin_is_told(origin: Any) -> None:
+    with pytest.raises(UsageError, match="neither a capture, a model, a path of one, nor a Source"):
+        source_of(origin)
+
+
+def test_both_doors_run_a_live_model_in_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As typed and as called: the blocks are the same."""
+    model = str(ROOT / "fixtures" / "model.pt")
+    seen: list[list[int]] = []
+
+    def look(source: Source, *rest: Any, **options: Any) -> Any:
+        seen.append([block.stop - block.start for block in source.blocks()])
+        raise UsageError("enough")
+
+    from streamlens.analyses.norms import door
+
+    monkeypatch.setattr(door, "watched", look)
+    with pytest.raises(UsageError, match="enough"):
+        sl.contribution_norms(model, max_tokens=3000, progress=False)
+    assert CliRunner().invoke(main, ["norms", model, "--max-tokens", "3000"]).exit_code == 2
+    assert seen[0] == seen[1]
+    assert max(seen[0]) == LIVE_BATCH_TOKENS
