@@ -13,6 +13,7 @@ import click
 from streamlens.cli.options import CorpusOptions, ModelOptions, corpus_options, model_options, output_options
 from streamlens.cli.output import human, print_notes, print_rows
 from streamlens.errors import StorageError
+from streamlens.wording import counted
 
 if TYPE_CHECKING:
     from streamlens.reader.opening import Capture
@@ -153,8 +154,9 @@ def _captured(captured: Capture, path: Path) -> dict[str, Any]:
 
 def _verdict(row: dict[str, Any]) -> str:
     if row["exact_blocks"] == row["blocks"]:
-        return f"proved: in all {human(row['blocks'])} blocks the writes add up to the model's own states, bit for bit"
+        every = "the one block" if row["blocks"] == 1 else f"all {counted(row['blocks'], 'block')}"
+        return f"proved: in {every} the writes add up to the model's own states, bit for bit"
     return (
-        f"{human(row['exact_blocks'])} of {human(row['blocks'])} blocks add up bit for bit; the largest relative "
+        f"{human(row['exact_blocks'])} of {counted(row['blocks'], 'block')} add up bit for bit; the largest relative "
         f"error is {human(row['worst_error'])}"
     )

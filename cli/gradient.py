@@ -8,6 +8,7 @@ import click
 
 from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
 from streamlens.cli.output import human, print_notes
+from streamlens.wording import counted
 
 if TYPE_CHECKING:
     from streamlens.analyses.gradient.answer import GradientResult
@@ -95,12 +96,8 @@ def _by_length(origin: OriginOptions, show: ShowOptions, options: dict[str, Any]
 def _about(found: GradientResult | SpectrumResult) -> list[str]:
     from streamlens.analyses.gradient.answer import OBJECTIVES
 
-    sequences, documents = _counted(found.sequences, "sequence"), _counted(found.documents, "document")
+    sequences, documents = counted(found.sequences, "sequence"), counted(found.documents, "document")
     return [
         f"differentiated: {OBJECTIVES[found.objective]}, {human(float(found.loss[0]))}, {sequences} of {documents}; "
         "position 0 is left out of the table"
     ]
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

@@ -259,3 +259,10 @@ def test_a_model_is_shown_what_it_can_take() -> None:
         windows_for(model(None, 256, 8), documents="a")
     with pytest.raises(UsageError, match=r"model\.pt takes no token ids"):
         windows_for(model(None, None, None))
+
+
+def test_one_empty_document_is_no_several() -> None:
+    with pytest.raises(CorpusError, match="holds no tokens, not one in 1 document: give it some text"):
+        windows_from_ids([[]])
+    with pytest.raises(CorpusError, match="not one in 2 documents"):
+        windows_from_ids([[], []])

@@ -28,6 +28,7 @@ from streamlens.corpus.documents import (
     read_documents,
 )
 from streamlens.errors import CorpusError, UsageError
+from streamlens.wording import counted
 
 if TYPE_CHECKING:
     from streamlens.checkpoint.model import Model, Tokenizer
@@ -373,7 +374,7 @@ def _check_vocabulary(ids: IntArray, vocab_size: int | None, description: str) -
 def _no_tokens(description: str, tally: _Tally) -> str:
     if not tally.documents:
         return f"{description} holds no documents: give it at least one with some text in it"
-    return f"{description} holds no tokens: all of its {tally.documents:,} documents are empty"
+    return f"{description} holds no tokens, not one in {counted(tally.documents, 'document')}: give it some text"
 
 
 def _notes(plan: _Plan, tally: _Tally, kept: int) -> Iterator[str]:
