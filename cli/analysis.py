@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,18 +106,26 @@ class ShowOptions:
     as_json: bool
     saves: tuple[Path, ...]
 
-    def show(self, command: str, result: Result, rows: list[dict[str, Any]] | None = None) -> None:
+    def show(
+        self,
+        command: str,
+        result: Result,
+        rows: list[dict[str, Any]] | None = None,
+        more: Mapping[str, list[dict[str, Any]]] | None = None,
+    ) -> None:
         """Print the table, or as JSON all rows, and save what was asked for.
 
         Args:
             command: name of the command.
             result: what was found.
             rows: a shorter table for the terminal; by default all rows.
+            more: further tables, see `print_rows`.
 
         Raises:
             StorageError: a file could not be written.
         """
-        print_rows(command, result.rows() if self.as_json or rows is None else rows, as_json=self.as_json)
+        shown = result.rows() if self.as_json or rows is None else rows
+        print_rows(command, shown, as_json=self.as_json, more=more)
         for path in self.saves:
             print_notes([f"wrote {result.save(path)}"])
 

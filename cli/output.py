@@ -18,24 +18,34 @@ _GAP = "  "
 
 
 def print_rows(
-    command: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, about: Mapping[str, Any] | None = None
+    command: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    as_json: bool,
+    about: Mapping[str, Any] | None = None,
+    more: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
     """Print the rows of a command to stdout, as a table or as `{"schema": 1, "command": ..., "rows": [...]}`.
 
     Args:
         command: name of the command.
-        rows: what was found.
-        as_json: print JSON.
+        rows: the table.
+        as_json: as one JSON object instead.
         about: what is true of all rows; in JSON only, under the key of this name.
+        more: further tables by name: below the first one, or under these keys of the JSON object.
     """
+    others = more or {}
     if as_json:
         payload: dict[str, Any] = {"schema": SCHEMA, "command": command}
-        if about is not None:
-            payload["about"] = plain(about)
-        click.echo(json.dumps({**payload, "rows": plain(list(rows))}, allow_nan=False))
-    elif rows:
-        heading, lines = table(rows).split("\n", 1)
-        click.echo(f"{bold(heading)}\n{lines}")
+        payload |= {} if about is None else {"about": plain(about)}
+        payload |= {"rows": plain(list(rows))} | {name: plain(list(other)) for name, other in others.items()}
+        click.echo(json.dumps(payload, allow_nan=False))
+        return
+    for name, other in (("", rows), *others.items()):
+        if other:
+            heading, lines = table(other).split("\n", 1)
+            click.echo(f"\n{name}:" if name else "", nl=bool(name))
+            click.echo(f"{bold(heading)}\n{lines}")
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import streamlens as sl
+from streamlens.cli.ablate import COLUMNS
 from streamlens.cli.app import main
 
 MODEL = Path(__file__).resolve().parent.parent / "fixtures" / "model.pt"
@@ -40,6 +41,8 @@ def test_capture_and_drop_layer_7_as_typed(run: Run) -> None:
     assert "layer 7  skip" in done.stdout
     assert "model.h5, the newest capture here" in done.stderr
     assert "loss of the whole model" in done.stderr
+    assert "95 % interval over" in done.stderr
+    assert "correlations" not in done.stdout  # one drop has no order
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
 
 
@@ -67,24 +70,66 @@ def test_all_that_is_named_is_dropped_together(run: Run) -> None:
     assert plain["kl_with_first"] != pytest.approx(plain["kl"] * 31 / 32, rel=1e-5)
 
 
+def tables(shown: str) -> dict[str, list[str]]:
+    """The tables of the terminal by name, the first one under nothing."""
+    found = {}
+    for part in shown.strip("\n").split("\n\n"):
+        first, *rest = part.splitlines()
+        name, lines = (first[:-1], rest) if first.endswith(":") else ("", [first, *rest])
+        found[name] = lines
+    return found
+
+
 @pytest.mark.parametrize(
-    ("arguments", "count", "columns"),
+    ("arguments", "count", "columns", "below"),
     [
-        (["--blocks"], 8 * 9 // 2 - 1, {"start", "length", "delta_loss"}),
-        (["--pairs"], 8 * 7 // 2, {"first", "second", "interaction"}),
-        (["--swap"], 7, {"swap", "delta_loss"}),
-        (["--greedy", "2"], 5 * 2, {"order", "dropped", "delta_loss"}),
-        (["--effects"], 16, {"direct", "indirect", "norm_effect", "total"}),
+        (["--units", "layers"], 8, {"drop", "delta_loss"}, {"correlations": 3}),
+        (["--units", "sublayers"], 16, {"drop", "delta_loss"}, {"correlations": 3}),
+        (["--units", "both"], 24, {"drop", "delta_loss"}, {"correlations": 6}),
+        (["--blocks"], 8 * 9 // 2 - 1, {"start", "length", "delta_loss"}, {"best": 7}),
+        (["--pairs"], 8 * 7 // 2, {"first", "second", "interaction"}, {}),
+        (["--pairs", "--units", "sublayers"], 16 * 15 // 2, {"first", "second", "interaction"}, {}),
+        (["--swap"], 7, {"swap", "delta_loss"}, {}),
+        (["--greedy", "2"], 5 * 2, {"order", "dropped", "delta_loss"}, {}),
+        (["--effects"], 16, {"direct", "indirect", "norm_effect", "total"}, {"slope": 1, "response": 8}),
+        (["--effects", "--units", "layers"], 8, {"direct", "total"}, {"slope": 1, "response": 8}),
     ],
 )
-def test_studies(run: Run, arguments: list[str], count: int, columns: set[str]) -> None:
+def test_studies(run: Run, arguments: list[str], count: int, columns: set[str], below: dict[str, int]) -> None:
     run("capture", "model.pt", *SMALL)
-    found = rows(run("ablate", *arguments, "--json"))
+    done = run("ablate", *arguments, "--json")
+    found = rows(done)
     assert len(found) == count
-    assert columns <= set(found[0])
-    shown = run("ablate", *arguments).stdout.splitlines()
-    assert len(shown) == count + 1
-    assert max(map(len, shown)) <= 80
+    assert columns | {"interval_over"} <= set(found[0])
+    assert found[0]["interval_over"] == "window"
+    assert "95 % interval over 16 windows: there are too few documents" in done.stderr
+    others = {name: len(more) for name, more in json.loads(done.stdout).items() if name in COLUMNS}
+    assert others.keys() == below.keys()
+    shown = tables(run("ablate", *arguments).stdout)
+    assert {name: len(lines) - 1 for name, lines in shown.items()} == {"": count} | below
+    assert max(len(line) for lines in shown.values() for line in lines) <= 80
+
+
+def test_ranks_of_the_proxies_slope_and_response_are_the_librarys(run: Run, tmp_path: Path) -> None:
+    run("capture", "model.pt", *SMALL)
+    found = sl.ablate(tmp_path / "model.h5", units="layers", progress=False)
+    printed = json.loads(run("ablate", "--units", "layers", "--json").stdout)["correlations"]
+    assert printed == found.correlations()
+    for row in printed:
+        score, proxy = ([r[name] for r in found.rows()] for name in ("delta_loss", row["proxy"]))
+        # Without ties, Spearman: 1 - 6 sum d^2 / (n (n^2 - 1)).
+        squares = sum((sorted(score).index(a) - sorted(proxy).index(b)) ** 2 for a, b in zip(score, proxy, strict=True))
+        assert row["spearman"] == pytest.approx(1 - 6 * squares / (8 * 63))
+        assert -1 <= row["low"] <= row["high"] <= 1
+    answered = sl.effects(tmp_path / "model.h5", progress=False)
+    printed = json.loads(run("ablate", "--effects", "--json").stdout)
+    assert printed["slope"][0]["slope_total_on_direct"] == pytest.approx(answered.slope)
+    assert printed["slope"][0]["low"] < answered.slope < printed["slope"][0]["high"]
+    assert len(printed["response"]) == 16 * 15 // 2
+    first = printed["response"][0]
+    unit = [u.label for u in answered.units].index(first["drop"])
+    assert first["response"] == answered.response[unit, answered.labels.index(first["answered_by"])]
+    assert abs(first["response"]) == abs(answered.response).max()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +141,13 @@ def test_studies(run: Run, arguments: list[str], count: int, columns: set[str]) 
         (["--drop", "attention"], "names nothing to drop"),
         (["--pairs", "--drop-layer", "1"], "cannot be combined with --drop-layer"),
         (["--swap", "--mode", "zero"], "--swap cannot be combined with --mode"),
-        (["--pairs", "--greedy", "2"], "two studies"),
+        (["--pairs", "--greedy", "2"], "--pairs and --greedy are different studies"),
+        (["--blocks", "--pairs"], "--blocks and --pairs are different studies"),
+        (["--blocks", "--units", "layers"], "--blocks cannot be combined with --units"),
+        (["--drop-layer", "1", "--units", "layers"], "--units says what a sweep goes over"),
+        (["--pairs", "--units", "both"], "units of pairs are layers or sublayers, not 'both'"),
+        (["--per-position"], "pass --mode mean with it"),
+        (["--effects", "--mode", "zero"], "--effects cannot be combined with --mode"),
         (["--greedy", "9"], "drop 1 to 8, not 9"),
         (["--mode", "nothing"], "is not one of"),
     ],

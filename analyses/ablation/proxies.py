@@ -105,3 +105,27 @@ def rank_correlation(proxy: Floats, score: Floats) -> tuple[float, float]:
         return float("nan"), float("nan")
     found = spearmanr(proxy[known], score[known])
     return float(found.statistic), float(found.pvalue)
+
+
+def rank_interval(proxy: Floats, drawn: Floats) -> tuple[float, float]:
+    """Return the ends of the 95 % percentile interval of Spearman's rank correlation; NaN where there is none.
+
+    Args:
+        proxy: (unit,).
+        drawn: (unit, draw) the score of each unit in each draw, up to a factor for each draw.
+
+    >>> rank_interval(np.arange(3.0), np.array([[1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]))
+    (1.0, 1.0)
+    """
+    from scipy.stats import rankdata
+
+    known = np.isfinite(proxy)
+    draws = drawn[known][:, np.isfinite(drawn[known]).all(0)]
+    x, y = rankdata(proxy[known]), rankdata(draws, axis=0)
+    x, y = x - x.mean(), y - y.mean(0)
+    size = np.sqrt((x @ x) * (y * y).sum(0))
+    rho = (x @ y)[size > 0] / size[size > 0]
+    if known.sum() < 3 or not len(rho):
+        return float("nan"), float("nan")
+    low, high = np.quantile(rho, [0.025, 0.975])
+    return float(low), float(high)

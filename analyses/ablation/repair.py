@@ -78,7 +78,7 @@ class EffectsResult(Result):
             row: dict[str, Any] = {"drop": unit.label, "kind": unit.kind, "layer": unit.layer}
             row |= {"direct": float(means["direct"][index]), "indirect": float(means["indirect"][index])}
             row |= {"norm_effect": float(means["norm"][index]), "total": found.mean}
-            table.append(row | {"low": found.low, "high": found.high})
+            table.append(row | {"low": found.low, "high": found.high, "interval_over": self.scores.unit})
         return table
 
     def plot(self, ax: Axes | None = None) -> Axes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from streamlens.analyses.ablation.proxies import Proxies, rank_correlation
+from streamlens.analyses.ablation.proxies import Proxies, rank_correlation, rank_interval
 from streamlens.analyses.ablation.runs import Dropped
 from streamlens.analyses.ablation.scores import Scores
 from streamlens.analyses.ablation.spans import Drop, Mode, chosen, every, in_modes
@@ -57,9 +57,13 @@ class AblationResult(Result):
         return table
 
     def correlations(self) -> list[dict[str, Any]]:
-        """Return Spearman's rank correlation of each proxy with the score, over layers and over sublayers."""
-        found = []
-        score = self.scores.mean(self.scores.headline)
+        """Return Spearman's rank correlation of each proxy with the score, over layers and over sublayers.
+
+        Only where three or more of them were dropped one by one. ``low`` and ``high`` are its 95 % interval over the
+        same draws of documents or windows as those of the scores; the proxies are held.
+        """
+        found, head = [], self.scores.headline
+        score, drawn = self.scores.mean(head), self.scores.drawn.get(head, np.zeros((len(self.drops), 0)))
         for units in ("layer", "sublayer"):
             for mode in dict.fromkeys(d.mode for d in self.drops):
                 rows = [
@@ -69,8 +73,9 @@ class AblationResult(Result):
                 ]
                 for name, values in self.proxies.items() if len(rows) > 2 else ():
                     rho, p = rank_correlation(values[rows], score[rows])
-                    row = {"proxy": name, "over": units, "mode": mode, "score": self.scores.headline}
-                    found.append(row | {"count": len(rows), "spearman": rho, "p_value": p})
+                    low, high = rank_interval(values[rows], drawn[rows])
+                    row = {"proxy": name, "over": units, "mode": mode, "score": head, "count": len(rows)}
+                    found.append(row | {"spearman": rho, "low": low, "high": high, "p_value": p})
         return found
 
     def plot(self, ax: Axes | None = None) -> Axes:
