@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import streamlens as sl
+from streamlens.analyses.figures import wrapped
 from streamlens.analyses.gradient import graph as gradient_graph
-from streamlens.analyses.gradient.door import GradientFlow, gradient_flow, sequences_of
+from streamlens.analyses.gradient.door import GradientFlow, gradient_flow
 from streamlens.analyses.gradient.graph import Graph, graphs, open_graph
+from streamlens.analyses.gradient.sequences import sequences_of
 from streamlens.analyses.source import source_of
 from streamlens.calling import invoke
 from streamlens.cli.app import main
@@ -70,9 +72,9 @@ def test_two_halves_merged_are_the_whole() -> None:
     parts[0].update(blocks[0])
     parts[1].update(blocks[1])
     parts[1].update(blocks[2])
-    parts[0].merge(parts[1])
+    parts[1].merge(parts[0])  # in whatever order
     whole = gradient_flow(found.module, inputs=found.inputs, at_once=3, progress=False)
-    merged = parts[0].result()
+    merged = parts[1].result()
     np.testing.assert_allclose(merged.flow.skip_share, whole.flow.skip_share, rtol=1e-10)
     np.testing.assert_allclose(merged.flow_all.gradient_norm, whole.flow_all.gradient_norm, rtol=1e-10)
 
@@ -90,8 +92,59 @@ def test_how_the_text_is_cut_into_blocks_changes_nothing_and_windows_of_one_docu
     np.testing.assert_allclose(flows[0].flow.skip_share, flows[1].flow.skip_share, rtol=1e-9)
     alone = gradient_flow(found.module, tokens=[ids[:48]], window=8, progress=False)
     assert (alone.sequences, alone.documents) == (6, 1)
-    assert np.isfinite(alone.loss[0])
-    assert np.isnan(alone.loss[1:]).all()  # one document says nothing about others
+    assert alone.loss[1] < alone.loss[0] < alone.loss[2]
+
+
+def test_intervals_are_over_windows_where_documents_are_few_and_the_title_says_so() -> None:
+    found = case("nanogpt", DOUBLE)
+    generator = torch.Generator().manual_seed(0)
+    few, many = (torch.randint(0, 90, (docs, 8), generator=generator) for docs in (6, 12))
+    one_text = gradient_flow(found.module, tokens=[few.flatten()], window=8, progress=False)
+    assert (one_text.sequences, one_text.documents, one_text.unit) == (6, 1, "window")
+    assert one_text.title.endswith("95 % intervals over windows")
+    several = gradient_flow(found.module, tokens=list(many), progress=False)
+    assert (several.sequences, several.documents, several.unit) == (12, 12, "document")
+    assert several.title.endswith("95 % intervals over documents")
+    for flow in (one_text.flow, several.flow):
+        for values in (flow.skip_share, flow.branch_share, flow.cosine, flow.relative_norm[:-1]):
+            assert (values[:, 1] < values[:, 0]).all()
+            assert (values[:, 0] < values[:, 2]).all()
+    lone = gradient_flow(found.module, tokens=[few[0]], progress=False)
+    assert np.isfinite(lone.loss[0])
+    assert np.isnan(lone.loss[1:]).all()  # one window says nothing about others
+    assert lone.plot_shares().containers
+
+
+def test_panels_stand_above_each_other_and_every_bar_has_its_interval() -> None:
+    """Bar s stands between the states s and s + 1 of the panel above, however many branches it has."""
+    for name, panels in (("gptj", 2), ("bert", 3)):
+        found = gradient_flow(case(name).module, inputs=case(name).inputs, progress=False)
+        figure = found.plot().figure
+        places = figure.axes
+        assert len(places) == panels
+        assert {place.get_xlim() for place in places} == {(-0.5, len(found.flow.relative_norm) - 0.5)}
+        bars: Any = places[1].patches
+        middles = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+        count = len(found.flow.skip_share)
+        assert middles == pytest.approx([s + 0.5 for s in [*range(count), *found.steps]])
+        heights = [*found.flow.skip_share[:, 0], *found.flow.branch_share[:, 0]]
+        assert [bar.get_height() for bar in bars] == pytest.approx(heights)
+        whiskers: Any = places[1].collections
+        drawn = [line.get_segments()[0] for line in whiskers]
+        lengths = [*found.flow.skip_share, *found.flow.branch_share]
+        assert [s[1, 1] - s[0, 1] for s in drawn] == pytest.approx([high - low for _, low, high in lengths])
+
+
+def test_every_mean_of_a_row_has_its_interval_beside_it() -> None:
+    found = gradient_flow(case("gptj").module, inputs=case("gptj").inputs, progress=False)
+    for index, row in enumerate(found.rows()):
+        assert (row["low"], row["high"]) == tuple(found.flow.branch_share[index, 1:])
+        for name in ("branch_to_skip", "cosine"):
+            own = getattr(found.flow, name)[index]
+            assert (row[name], row[f"{name}_low"], row[f"{name}_high"]) == tuple(own)
+        for name in ("skip_share", "gradient_norm", "relative_norm", "norm_gain", "identity_gain"):
+            own = getattr(found.flow, name)[row["step"]]
+            assert (row[name], row[f"{name}_low"], row[f"{name}_high"]) == tuple(own)
 
 
 @pytest.mark.parametrize("batch", [8, 24])
@@ -126,7 +179,7 @@ def test_the_limit_on_sequences_holds_and_is_told() -> None:
     some = gradient_flow(found.module, inputs=found.inputs, sequences=2, at_once=1, progress=False)
     assert some.sequences == 2
     assert "2 of 3 windows" in some.title
-    assert "windows" not in gradient_flow(found.module, inputs=found.inputs, sequences=3, progress=False).title
+    assert " of 3 windows" not in gradient_flow(found.module, inputs=found.inputs, sequences=3, progress=False).title
     source = source_of(found.module, inputs=found.inputs)
     (block,) = source.blocks()
     assert [g.docs for g in graphs(source, block, 2)] == [2, 1]
@@ -168,6 +221,14 @@ def test_each_stream_of_an_encoder_decoder_is_split() -> None:
         flow = gradient_flow(found.module, inputs=found.inputs, stream=stream, progress=False)
         assert flow.closure < 1e-5
         assert set(flow.kinds) == ({"attn", "mlp"} if stream == "encoder" else {"attn", "cross_attn", "mlp"})
+
+
+def test_no_line_of_a_title_holds_one_last_word() -> None:
+    words = "Gradient flow, main: a model, a text of some kind, 768 tokens; 95 % intervals over windows"
+    for inches in (2.0, 3.0, 4.0, 5.0):
+        lines = wrapped(words, inches).splitlines()
+        assert " ".join(lines) == words
+        assert max(map(len, lines)) - len(lines[-1]) <= 15, lines
 
 
 # ---- what cannot be done --------------------------------------------------------------------------------------------

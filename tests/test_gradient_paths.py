@@ -265,7 +265,7 @@ def test_the_numbers_are_those_of_a_plain_loop() -> None:
     source = source_of(found.module, inputs=found.inputs)
     (block,) = source.blocks()
     block.ids.fill_(-1)
-    spectrum = PathSpectrum(source, 1, 2)
+    spectrum = PathSpectrum(source, 2, 1)
     spectrum.update(block)
     result = spectrum.result()
     assert result.objective == "pooled_norm"
@@ -290,7 +290,7 @@ def test_two_halves_merged_are_the_whole() -> None:
     found = case("bert", DOUBLE)
     source = source_of(found.module, inputs=found.inputs, batch_tokens=11)
     blocks = list(source.blocks())
-    parts = [PathSpectrum(source, 12, 1) for _ in range(2)]
+    parts = [PathSpectrum(source, 1, 12) for _ in range(2)]
     parts[0].update(blocks[0])
     for block in blocks[1:]:
         parts[1].update(block)

@@ -1,5 +1,6 @@
 """What of the gradient came over the skip, and what through the branch.
 
 graph       one forward pass with its graph kept, and the pieces of it      answer      the results' figures and tables
-door        `gradient_flow`                                                 paths       `path_spectrum`
+sequences   numbers of each sequence, and means with intervals              door        `gradient_flow`
+paths       `path_spectrum`
 """

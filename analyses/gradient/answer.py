@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from streamlens.analyses.gradient.graph import Objective
 from streamlens.analyses.result import Result
-from streamlens.analyses.statistics import DocumentSums, Floats
+from streamlens.analyses.statistics import Floats, Unit
 from streamlens.anatomy import Kind
 
 if TYPE_CHECKING:
@@ -24,27 +23,9 @@ OBJECTIVES: dict[Objective, str] = {
 """What each objective is, in words."""
 
 
-def interval_mean(values: Floats, doc: NDArray[np.int64]) -> Floats:
-    """Return the mean over sequences with its 95 % interval over documents, (*series, 3): mean, low, high.
-
-    Documents are resampled whole, because the windows of one depend on each other; a single one has no interval.
-
-    Args:
-        values: (sequence, *series); what is not finite leaves that sequence out of that series.
-        doc: (sequence,) number of the document that each comes from.
-
-    >>> interval_mean(np.array([[1.0, 5.0], [3.0, np.nan]]), np.array([0, 0])).tolist()
-    [[2.0, nan, nan], [5.0, nan, nan]]
-    """
-    sums = DocumentSums(*values.shape[1:])
-    one_each = torch.from_numpy(np.moveaxis(np.where(np.isfinite(values), values, np.nan), 0, -1))
-    sums.add(one_each, torch.from_numpy(doc))
-    return np.stack([sums.mean, *sums.intervals()], axis=-1)
-
-
 @dataclass(frozen=True)
 class Flow:
-    """Means over sequences; the last axis of each array is (mean, low, high), with the 95 % interval over documents.
+    """Means over sequences; the last axis of each array is (mean, low, high), with the 95 % interval.
 
     The gradient of a sequence at a state is taken as one vector over its tokens.
     """
@@ -80,6 +61,8 @@ class GradientResult(Result):
     """How many windows (or documents kept whole) had a gradient."""
     documents: int
     """How many documents they come from."""
+    unit: Unit
+    """What the intervals are over: documents, or windows where these are few."""
     labels: tuple[str, ...]
     """(sublayer,)"""
     kinds: tuple[Kind, ...]
@@ -96,27 +79,31 @@ class GradientResult(Result):
     """Largest ||g_s - skip - branches|| / ||g_s|| over steps and sequences: rounding, where the split is right."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row for each sublayer; `low` and `high` bound its branch share, `_all` includes position 0."""
+        """Return one row for each sublayer.
+
+        `low` and `high` bound its branch share, `<column>_low` and `<column>_high` that column (95 %); `_all` includes
+        position 0. What belongs to a step or its state is the same in the rows of parallel sublayers.
+        """
         return [self._row(index, step) for index, step in enumerate(self.steps)]
 
     def _row(self, index: int, step: int) -> dict[str, Any]:
         flow, whole = self.flow, self.flow_all
-        share = flow.branch_share[index]
-        return {
+        row = {
             "layer": self.layers[index],
             "kind": self.kinds[index],
             "label": self.labels[index],
             "step": step,
-            "skip_share": float(flow.skip_share[step, 0]),
-            "branch_share": float(share[0]),
-            "low": float(share[1]),
-            "high": float(share[2]),
-            "branch_to_skip": float(flow.branch_to_skip[index, 0]),
-            "cosine": float(flow.cosine[index, 0]),
-            "gradient_norm": float(flow.gradient_norm[step, 0]),
-            "relative_norm": float(flow.relative_norm[step, 0]),
-            "norm_gain": float(flow.norm_gain[step, 0]),
-            "identity_gain": float(flow.identity_gain[step, 0]),
+            **_bounded("skip_share", flow.skip_share[step]),
+            "branch_share": float(flow.branch_share[index, 0]),
+            "low": float(flow.branch_share[index, 1]),
+            "high": float(flow.branch_share[index, 2]),
+            **_bounded("branch_to_skip", flow.branch_to_skip[index]),
+            **_bounded("cosine", flow.cosine[index]),
+        }
+        for name in ("gradient_norm", "relative_norm", "norm_gain", "identity_gain"):
+            row |= _bounded(name, getattr(flow, name)[step])
+        return {
+            **row,
             "skip_share_all": float(whole.skip_share[step, 0]),
             "branch_share_all": float(whole.branch_share[index, 0]),
             "relative_norm_all": float(whole.relative_norm[step, 0]),
@@ -132,13 +119,14 @@ class GradientResult(Result):
 
         if ax is not None:
             return self.plot_norms(ax)
-        if self.has_norms:
-            places = panels(3, 1, width=6.5, height=7.2)
-            self.plot_norm_gain(places[2])
-        else:
-            places = panels(2, 1, width=6.5, height=5.2)
-        self.plot_shares(places[1])
-        return self.plot_norms(places[0])
+        drawn = [self.plot_norms, self.plot_shares, *([self.plot_norm_gain] if self.has_norms else [])]
+        places = panels(len(drawn), 1, width=6.5, height=2.4 * len(drawn) + 0.3)
+        for draw, place in zip(drawn, places, strict=True):
+            draw(place)
+            place.set_xlim(-0.5, len(self.flow.relative_norm) - 0.5)  # one axis for all: a step between two states
+            if place is not places[-1]:
+                place.set_xlabel("")
+        return places[0]
 
     @property
     def has_norms(self) -> bool:
@@ -147,7 +135,7 @@ class GradientResult(Result):
 
     def plot_norms(self, ax: Axes | None = None) -> Axes:
         """Draw the norm of the gradient by depth, of all of it and of what never entered a branch."""
-        from streamlens.analyses.figures import PALETTE, axes, finish, interval
+        from streamlens.analyses.figures import PALETTE, axes, finish, integer_ticks, interval
 
         ax = axes(ax)
         states = range(len(self.flow.relative_norm))
@@ -159,53 +147,72 @@ class GradientResult(Result):
             ax.plot(states, mean, line, color=colour, label=label, marker=".", markersize=4)
             interval(ax, states, low, high, colour)
         _logarithmic(ax)
-        whole_numbers(ax)
+        integer_ticks(ax)
         return finish(ax, x="state (0: embedding)", y="gradient norm\n/ that at the last state", title=self.title)
 
     def plot_shares(self, ax: Axes | None = None) -> Axes:
-        """Draw the shares of skip and branches at each step, stacked; those below zero point down."""
-        from streamlens.analyses.figures import PALETTE, axes, finish, style
+        """Draw the shares of skip and branches at each step, stacked; those below zero point down.
+
+        A step stands between the two states that it joins. Each bar has the interval of its own length at its end.
+        """
+        from streamlens.analyses.figures import KIND_NAMES, PALETTE, axes, finish, integer_ticks
 
         ax = axes(ax)
-        steps = np.arange(len(self.flow.skip_share))
-        skip = self.flow.skip_share[:, 0]
-        ax.bar(steps, skip, width=0.85, color="#c8c8c8", label="skip")
-        above, below = np.maximum(skip, 0), np.minimum(skip, 0)
-        for kind in dict.fromkeys(self.kinds):
-            height = np.zeros(len(steps))
-            for index, step in enumerate(self.steps):
-                if self.kinds[index] == kind:
-                    height[step] += self.flow.branch_share[index, 0]
-            ax.bar(
-                steps, height, width=0.85, bottom=np.where(height < 0, below, above), color=PALETTE[kind], label=kind
-            )
-            above, below = above + np.maximum(height, 0), below + np.minimum(height, 0)
+        count = len(self.flow.skip_share)
+        above, below = np.zeros(count), np.zeros(count)
+        bars = [(step, self.flow.skip_share[step], "#c8c8c8", "skip") for step in range(count)]
+        for index, step in enumerate(self.steps):
+            kind = self.kinds[index]
+            bars.append((step, self.flow.branch_share[index], PALETTE[kind], KIND_NAMES[kind]))
+        named: set[str] = set()
+        for place, (step, (mean, low, high), colour, name) in enumerate(bars):
+            bottom = below if mean < 0 else above
+            label = None if name in named else name
+            ax.bar(step + 0.5, mean, width=0.85, bottom=bottom[step], color=colour, label=label)
+            bottom[step] += mean
+            aside = step + (0.4 if place < count else 0.6)  # the ends of skip and branch may coincide
+            whiskers(ax, [aside], [bottom[step]], [mean - low], [high - mean])
+            named.add(name)
         ax.axhline(1, color="black", linewidth=0.6)
         ax.axhline(0, color="black", linewidth=0.6)
-        with style():
-            ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         ax.set_ylim(min(0.0, 1.2 * below.min()), 1.08 * above.max())
-        whole_numbers(ax)
-        return finish(ax, x="step (sublayer)", y="share of the gradient")
+        integer_ticks(ax)
+        _legend_above(ax)
+        return finish(ax, x=_STEPS, y="share of the gradient")
 
     def plot_norm_gain(self, ax: Axes | None = None) -> Axes:
         """Draw what the norm after each addition does to the length of the gradient."""
-        from streamlens.analyses.figures import PALETTE, axes, finish, interval
+        from streamlens.analyses.figures import PALETTE, axes, finish, integer_ticks, interval
 
         ax = axes(ax)
         mean, low, high = self.flow.norm_gain.T
-        ax.plot(range(len(mean)), mean, color=PALETTE["norm"], marker=".")
-        interval(ax, range(len(mean)), low, high, PALETTE["norm"])
+        steps = np.arange(len(mean)) + 0.5
+        ax.plot(steps, mean, color=PALETTE["norm"], marker=".")
+        interval(ax, list(steps), low, high, PALETTE["norm"])
         ax.axhline(1, color="black", linewidth=0.6, linestyle=":")
-        whole_numbers(ax)
-        return finish(ax, x="step (sublayer)", y="gain of the norm\non the gradient")
+        integer_ticks(ax)
+        return finish(ax, x=_STEPS, y="gain of the norm\non the gradient")
 
 
-def whole_numbers(ax: Axes) -> None:
-    """Put ticks of the horizontal axis at whole numbers only."""
-    from matplotlib.ticker import MaxNLocator
+_STEPS = "state (0: embedding); each sublayer between those that it joins"
 
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+def _bounded(name: str, values: Floats) -> dict[str, float]:
+    return {key: float(value) for key, value in zip((name, f"{name}_low", f"{name}_high"), values, strict=True)}
+
+
+def whiskers(ax: Axes, x: ArrayLike, ends: ArrayLike, down: ArrayLike, up: ArrayLike) -> None:
+    """Draw intervals at the ends of bars; the arguments are (bar,), distances from the end in both directions."""
+    distances = np.maximum(np.stack([np.asarray(down), np.asarray(up)]), 0)  # rounding may have turned a sign
+    ax.errorbar(x, ends, distances, fmt="none", ecolor="black", elinewidth=0.7, capsize=1.5, capthick=0.7)
+
+
+def _legend_above(ax: Axes) -> None:
+    """Put the legend in a line above the axes, where it covers nothing and takes no width away."""
+    from streamlens.analyses.figures import style
+
+    with style():
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, borderaxespad=0.2, handlelength=1.2)
 
 
 def _logarithmic(ax: Axes) -> None:

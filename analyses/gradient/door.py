@@ -2,88 +2,24 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Unpack
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from streamlens.analyses.gradient.answer import Flow, GradientResult, interval_mean
-from streamlens.analyses.gradient.graph import Graph, Objective, graphs, objective_of
-from streamlens.analyses.sampling import sampled
-from streamlens.analyses.source import Corpus, Origin, Source, source_of, watched
+from streamlens.analyses.gradient.answer import Flow, GradientResult
+from streamlens.analyses.gradient.graph import Graph
+from streamlens.analyses.gradient.sequences import Sequences, Table, run_through, sequences_of
+from streamlens.analyses.source import Corpus, Origin, source_of
 from streamlens.analyses.statistics import Floats
-from streamlens.block import Block
 from streamlens.checkpoint.model import Model
-from streamlens.errors import MissingDataError, UsageError
 
 SEQUENCES = 32
 """How many sequences are differentiated unless more are asked for: 8,192 tokens in windows of 256."""
 
 AT_ONCE = 4
 """How many sequences share a graph unless told: their activations and logits are what takes the memory."""
-
-
-class Sequences(ABC):
-    """Some numbers of each sequence of a source: what both gradient analyses accumulate.
-
-    A sequence is a window, or a document that was kept whole.
-    """
-
-    def __init__(self, source: Source, at_once: int) -> None:
-        """Say where the blocks come from; nothing is run yet.
-
-        Raises:
-            UsageError: less than one sequence at a time.
-        """
-        if at_once < 1:
-            raise UsageError("at least one sequence has to be run at a time")
-        self.source = source
-        self.at_once = at_once
-        self.objective: Objective | None = None
-        self.tables: list[dict[str, Floats]] = []
-        self.doc: list[int] = []
-
-    def update(self, block: Block) -> None:
-        """Run the sequences of a block and fold them in."""
-        self.objective = objective_of(self.source, block)
-        self.doc += block.doc.reshape(block.shape)[:, 0].tolist()
-        for graph in graphs(self.source, block, self.at_once):
-            table = {name: _sequences_first(values) for name, values in self._measure(graph).items()}
-            self.tables.append({**table, "loss": graph.losses.detach().double().cpu().numpy()})
-            del graph  # or its memory would still be held while the next one is made
-
-    def merge(self, other: Sequences) -> None:
-        """Fold another partial result in."""
-        self.objective = self.objective or other.objective
-        self.tables += other.tables
-        self.doc += other.doc
-
-    def table(self) -> tuple[dict[str, Floats], NDArray[np.int64]]:
-        """Return the numbers of all sequences that have a gradient, and the document that each comes from.
-
-        The sums are (sequence, ..., 2): over position 0, and over the later ones. The loss is (sequence,).
-
-        Raises:
-            MissingDataError: there is no such sequence.
-        """
-        joined = {} if not self.tables else {k: np.concatenate([t[k] for t in self.tables]) for k in self.tables[0]}
-        moved = joined["energy"].reshape(len(self.doc), -1).sum(-1) > 0 if joined else np.zeros(0, bool)
-        if not moved.any():
-            raise MissingDataError(
-                "no sequence has a gradient: each needs at least two tokens, so that one has a target"
-            )
-        return {name: values[moved] for name, values in joined.items()}, np.array(self.doc, np.int64)[moved]
-
-    def title(self, what: str) -> str:
-        """Say what was measured, and where."""
-        return f"{what}, {self.source.stream.name}: {self.source.description}"
-
-    @abstractmethod
-    def _measure(self, graph: Graph) -> dict[str, Tensor]:
-        """Return the sums of each sequence by name, each (..., doc, 2)."""
 
 
 _SUMS = ("energy", "identity", "step", "branch")
@@ -126,23 +62,24 @@ class GradientFlow(Sequences):
         Raises:
             MissingDataError: no sequence has a gradient.
         """
-        (table, doc), stream = self.table(), self.source.stream
+        table, stream = self.table(), self.source.stream
         reads = [s.read for s in stream.sublayers]
-        later = {name: table[name][..., 1] for name in _SUMS}
-        whole = {name: table[name].sum(-1) for name in _SUMS}
+        later = {name: table.sums[name][..., 1] for name in _SUMS}
+        whole = {name: table.sums[name].sum(-1) for name in _SUMS}
         rest = whole["step"][..., 3] / whole["energy"][:, :-1]
         return GradientResult(
-            title=self.title("Gradient flow"),
-            objective=self.objective or "pooled_norm",
-            loss=interval_mean(table["loss"], doc),
-            sequences=len(doc),
-            documents=len(np.unique(doc)),
+            title=self.title("Gradient flow", table),
+            objective=self.objective,
+            loss=table.mean(table.sums["loss"]),
+            sequences=len(table.doc),
+            documents=table.documents,
+            unit=table.unit,
             labels=stream.labels,
             kinds=tuple(s.kind for s in stream.sublayers),
             layers=tuple(s.layer for s in stream.sublayers),
             steps=tuple(reads),
-            flow=_flow(later, doc, reads),
-            flow_all=_flow(whole, doc, reads),
+            flow=_flow(table, later, reads),
+            flow_all=_flow(table, whole, reads),
             closure=float(np.sqrt(rest.max())),
         )
 
@@ -200,29 +137,7 @@ def gradient_flow(
     return flow.result()
 
 
-def sequences_of(source: Source, count: int | None) -> Source:
-    """Return a source of so many sequences, evenly spread: those of one token have nothing behind position 0.
-
-    Raises:
-        MissingDataError: no sequence has two tokens.
-        UsageError: a count below 1.
-    """
-    return sampled(source, count, least=2)
-
-
-def run_through(found: Sequences, label: str, progress: bool) -> None:
-    """Fold in all blocks of the source."""
-    for block in watched(found.source, label, progress=progress):
-        found.update(block)
-
-
-def _sequences_first(values: Tensor) -> Floats:
-    """From (..., sequence, place) on any device to (sequence, ..., place) float64."""
-    array: Floats = values.double().cpu().numpy()
-    return np.moveaxis(array, -2, 0)
-
-
-def _flow(sums: dict[str, Floats], doc: NDArray[np.int64], reads: list[int]) -> Flow:
+def _flow(table: Table, sums: dict[str, Floats], reads: list[int]) -> Flow:
     """Turn sums of each sequence into means over sequences. `reads` is the step of each sublayer."""
     energy, identity, step, branch = (sums[name] for name in _SUMS)
     skip = step[:, reads, 1]
@@ -237,4 +152,4 @@ def _flow(sums: dict[str, Floats], doc: NDArray[np.int64], reads: list[int]) -> 
             "branch_to_skip": np.sqrt(branch[..., 1] / skip),
             "cosine": branch[..., 2] / np.sqrt(branch[..., 1] * skip),
         }
-    return Flow(**{name: interval_mean(values, doc) for name, values in found.items()})
+    return Flow(**{name: table.mean(values) for name, values in found.items()})

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from streamlens.analyses.gradient.answer import interval_mean, whole_numbers
-from streamlens.analyses.gradient.door import Sequences, run_through, sequences_of
+from streamlens.analyses.gradient.answer import whiskers
 from streamlens.analyses.gradient.graph import Graph, Objective
+from streamlens.analyses.gradient.sequences import Sequences, Table, run_through, sequences_of
 from streamlens.analyses.result import Result
-from streamlens.analyses.source import Corpus, Origin, Source, source_of
-from streamlens.analyses.statistics import Floats
+from streamlens.analyses.source import Corpus, Origin, source_of
+from streamlens.analyses.statistics import Floats, Unit
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
 
@@ -34,19 +33,26 @@ AT_ONCE = 2
 _SUMS = ("energy", "share", "square", "rest", "moment")
 
 
+@dataclass
 class PathSpectrum(Sequences):
-    """Folds in the spectrum of path lengths block by block."""
+    """Folds in the spectrum of path lengths block by block.
 
-    def __init__(self, source: Source, max_length: int, at_once: int) -> None:
-        """Say up to which length paths are told apart.
+    Args:
+        source: where the blocks come from.
+        at_once: how many sequences share a graph.
+        max_length: up to which length paths are told apart.
 
-        Raises:
-            UsageError: a negative length.
-        """
-        super().__init__(source, at_once)
-        if max_length < 0:
-            raise UsageError(f"paths pass 0 branches or more, not {max_length}")
-        self.max_length = min(max_length, len(source.stream.steps))
+    Raises:
+        UsageError: a negative length.
+    """
+
+    max_length: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length < 0:
+            raise UsageError(f"paths pass 0 branches or more, not {self.max_length}")
+        self.max_length = min(self.max_length, len(self.source.stream.steps))
 
     def _measure(self, graph: Graph) -> dict[str, Tensor]:
         gradients, inner = graph.gradients(), graph.per_sequence
@@ -68,17 +74,18 @@ class PathSpectrum(Sequences):
         Raises:
             MissingDataError: no sequence has a gradient.
         """
-        (table, doc), stream = self.table(), self.source.stream
-        branches = [len(step.sublayers) for step in stream.steps]
+        table = self.table()
+        branches = [len(step.sublayers) for step in self.source.stream.steps]
         return SpectrumResult(
-            title=self.title("Gradient by path length"),
-            objective=self.objective or "pooled_norm",
-            loss=interval_mean(table["loss"], doc),
-            sequences=len(doc),
-            documents=len(np.unique(doc)),
+            title=self.title("Gradient by path length", table),
+            objective=self.objective,
+            loss=table.mean(table.sums["loss"]),
+            sequences=len(table.doc),
+            documents=table.documents,
+            unit=table.unit,
             branches=tuple(branches),
-            paths=_spectrum({name: table[name][..., 1] for name in _SUMS}, doc, branches),
-            paths_all=_spectrum({name: table[name].sum(-1) for name in _SUMS}, doc, branches),
+            paths=_spectrum(table, {name: table.sums[name][..., 1] for name in _SUMS}, branches),
+            paths_all=_spectrum(table, {name: table.sums[name].sum(-1) for name in _SUMS}, branches),
         )
 
 
@@ -116,7 +123,7 @@ def spectrum_of(graph: Graph, gradients: Sequence[Tensor], max_length: int) -> t
 
 @dataclass(frozen=True)
 class Paths:
-    """Means over sequences; the last axis of each array is (mean, low, high), with the 95 % interval over documents."""
+    """Means over sequences; the last axis of each array is (mean, low, high), with the 95 % interval."""
 
     share: Floats
     """(length, 3) <c_k, g_0> / ||g_0||^2; with the remainder it sums to 1."""
@@ -149,6 +156,8 @@ class SpectrumResult(Result):
     """How many windows (or documents kept whole) had a gradient."""
     documents: int
     """How many documents they come from."""
+    unit: Unit
+    """What the intervals are over: documents, or windows where these are few."""
     branches: tuple[int, ...]
     """(step,) branches of each step; a path passes one of them or the skip."""
     paths: Paths
@@ -199,27 +208,29 @@ class SpectrumResult(Result):
 
     def plot_shares(self, ax: Axes | None = None) -> Axes:
         """Draw the share of each length, signed: paths of different lengths may cancel."""
-        from streamlens.analyses.figures import PALETTE, axes, finish
+        from streamlens.analyses.figures import PALETTE, axes, finish, integer_ticks
 
         ax = axes(ax)
         mean, low, high = self.paths.share.T
         ax.bar(self.lengths, mean, color=PALETTE["attn"], alpha=0.75)
-        ends = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
-        ax.errorbar(self.lengths, mean, ends, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
+        whiskers(ax, self.lengths, mean, mean - low, high - mean)
         ax.axhline(0, color="black", linewidth=0.6)
-        whole_numbers(ax)
-        x = f"branches on the path (at most {len(self.branches)}; mean {self.paths.mean_length[0]:.2f})"
+        integer_ticks(ax)
+        found, least, most = self.paths.mean_length
+        x = f"branches on the path (at most {len(self.branches)}; mean {found:.2f}, interval {least:.2f} to {most:.2f})"
         return finish(ax, x=x, y="share of the gradient", title=self.title)
 
     def plot_energies(self, ax: Axes | None = None) -> Axes:
         """Draw the energy of each length, and the binomial law that fits best."""
-        from streamlens.analyses.figures import PALETTE, axes, finish
+        from streamlens.analyses.figures import PALETTE, axes, finish, integer_ticks
 
         ax = axes(ax)
-        ax.bar(self.lengths, self.paths.energy[:, 0], color=PALETTE["mlp"], alpha=0.75, label="measured")
+        mean, low, high = self.paths.energy.T
+        ax.bar(self.lengths, mean, color=PALETTE["mlp"], alpha=0.75, label="measured")
+        whiskers(ax, self.lengths, mean, mean - low, high - mean)
         law = f"binomial law, odds {self.paths.odds:.3g}"
         ax.plot(self.lengths, self.paths.law, "o--", color=PALETTE["block"], linewidth=1, markersize=3, label=law)
-        whole_numbers(ax)
+        integer_ticks(ax)
         return finish(ax, x="branches on the path", y="share of the energy")
 
 
@@ -267,23 +278,23 @@ def path_spectrum(
         (5, True)
     """
     source = sequences_of(source_of(origin, stream=stream, model=model, **corpus), sequences)
-    spectrum = PathSpectrum(source, max_length, at_once)
+    spectrum = PathSpectrum(source, at_once, max_length)
     run_through(spectrum, "paths", progress)
     return spectrum.result()
 
 
-def _spectrum(sums: dict[str, Floats], doc: NDArray[np.int64], branches: Sequence[int]) -> Paths:
+def _spectrum(table: Table, sums: dict[str, Floats], branches: Sequence[int]) -> Paths:
     energy, square = sums["energy"], sums["square"]
     with np.errstate(invalid="ignore", divide="ignore"):
-        energies = interval_mean(square / square.sum(1, keepdims=True), doc)
+        energies = table.mean(square / square.sum(1, keepdims=True))
         law, odds = binomial_law(energies[:, 0], branches)
         return Paths(
-            share=interval_mean(sums["share"] / energy, doc),
+            share=table.mean(sums["share"] / energy),
             energy=energies,
-            relative_norm=interval_mean(np.sqrt(square / energy), doc),
-            remainder_share=interval_mean(sums["rest"][:, 0] / energy[:, 0], doc),
-            remainder_norm=interval_mean(np.sqrt(sums["rest"][:, 1] / energy[:, 0]), doc),
-            mean_length=interval_mean(sums["moment"][:, 0] / energy[:, 0], doc),
+            relative_norm=table.mean(np.sqrt(square / energy)),
+            remainder_share=table.mean(sums["rest"][:, 0] / energy[:, 0]),
+            remainder_norm=table.mean(np.sqrt(sums["rest"][:, 1] / energy[:, 0])),
+            mean_length=table.mean(sums["moment"][:, 0] / energy[:, 0]),
             law=law,
             odds=odds,
         )
