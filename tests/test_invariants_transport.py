@@ -1,0 +1,160 @@
+"""Laws of the decomposition: terms sum to each state, shares to one, attributions to the logits; token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import streamlens as sl
+from streamlens.analyses.frozen import stream_norms
+from streamlens.analyses.norms.measures import OVERLAPPING
+from streamlens.analyses.source import Source, source_of, target_ids
+from streamlens.analyses.transport import factors_of, pulled_back, transported
+from streamlens.analyses.unembedding import Unembedding
+from streamlens.block import Block
+from streamlens.calling import invoke
+from streamlens.observation import tokens
+from streamlens.proof import relative_error
+from tests.conftest import case, minilm, smollm2
+
+
+def opened(name: str, stream: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Source, Block]:
+    found = case(name, dtype)
+    source = source_of(found.module, inputs=found.inputs, stream=stream)
+    (block,) = source.blocks()
+    return source, block
+
+
+def errors(source: Source, block: Block, dtype: torch.dtype = torch.float32) -> list[float]:
+    """(state,) relative L2 error of the sum of the terms."""
+    norms, factors = stream_norms(source.stream, source.parameters), factors_of(source.stream, source.parameters)
+    walked = transported(source.stream, norms, block, factors=factors, dtype=dtype)
+    return [
+        float(relative_error(torch.stack([p.vectors for p in parts]).sum(0), block.states[k]))
+        for k, parts in enumerate(walked)
+    ]
+
+
+def along(source: Source, block: Block, direction: Tensor) -> Tensor:
+    """(token,) the sum of what all terms have along a direction at the last state."""
+    norms, factors = stream_norms(source.stream, source.parameters), factors_of(source.stream, source.parameters)
+    total = torch.zeros(len(direction), dtype=direction.dtype)
+    for part, back in pulled_back(source.stream, norms, block, direction, factors=factors):
+        total += (part.vectors * back).sum(-1)
+    return total
+
+
+def share_of_all(source: Source, block: Block) -> Tensor:
+    """(token,) float64: the projection shares of all terms, which are one."""
+    last = block.states[-1].double()
+    return along(source, block, last / last.square().sum(-1, keepdim=True))
+
+
+# ---- terms sum to every state ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "stream"),
+    [("bart", "encoder"), ("roberta", None), ("distilbert", None), ("transformer_post", "encoder"), ("t5", "encoder")],
+)
+def test_terms_sum_to_every_state(name: str, stream: str | None) -> None:
+    assert max(errors(*opened(name, stream))) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bert", "user_post_norm", "deepnorm"])
+def test_in_float64_what_is_left_is_the_rounding_of_the_stored_statistics(name: str) -> None:
+    """Means and scales of norms are float32 in a block, whatever the model is in."""
+    try:
+        source, block = opened(name, dtype=torch.float64)
+        assert max(errors(source, block, torch.float64)) < 4 * torch.finfo(torch.float32).eps
+    finally:
+        case(name).module.to(torch.float32)
+
+
+@pytest.mark.real
+def test_terms_sum_to_all_thirteen_states_of_minilm() -> None:
+    source = source_of(minilm(), window=64, max_tokens=192)
+    (block,) = source.blocks()
+    found = errors(source, block)
+    assert len(found) == 13
+    assert max(found) < 1e-5
+    assert float((share_of_all(source, block) - 1).abs().max()) < 1e-5
+
+
+# ---- shares sum to one, for each token ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "stream"),
+    [
+        ("t5", "encoder"), ("t5", "decoder"), ("bart", "encoder"), ("bart", "decoder"), ("transformer_pre", "encoder"),
+        ("transformer_pre", "decoder"), ("transformer_post", "encoder"), ("transformer_post", "decoder"),
+        ("bloom", None), ("olmo2", None), ("albert", None), ("gemma2", None), ("gptj", None), ("granite", None),
+    ],
+)  # fmt: skip
+def test_shares_of_each_token_sum_to_one(name: str, stream: str | None) -> None:
+    """Of each token, because in a mean gaps of both signs cancel."""
+    source, block = opened(name, stream)
+    assert float((share_of_all(source, block) - 1).abs().max()) < 2e-6
+
+
+@pytest.mark.real
+def test_shares_and_attributions_of_each_token_of_smollm2() -> None:
+    """At position 0 the stream is a thousand times as large as elsewhere: that is where sums lose digits."""
+    model = smollm2()
+    source = source_of(model, window=32, max_tokens=64)
+    (block,) = source.blocks()
+    assert float((share_of_all(source, block) - 1).abs().max()) < 1e-5
+    module: Any = model.module
+    with torch.no_grad():
+        logits = module(block.ids.reshape(block.shape), use_cache=False).logits.flatten(0, 1)
+    targets = target_ids(source, block).clamp_min(0)
+    unembedding = Unembedding(source)
+    total = along(source, block, unembedding.directions(block, targets)) + unembedding.constant(block, targets)
+    whole = logits.gather(-1, targets[:, None])[:, 0] - logits.mean(-1)
+    assert float((total - whole).abs().max()) < 1e-4 * float(whole.abs().max())
+    measured = unembedding.target_logit(block.states[-1], targets)
+    assert float((measured - logits.gather(-1, targets[:, None])[:, 0]).abs().max()) < 1e-4 * float(logits.abs().max())
+
+
+# ---- attributions sum to the logits ---------------------------------------------------------------------------------
+
+HEADED = ["gpt2", "llama", "gptj", "granite", "cohere", "t5", "bart", "opt", "user_post_norm", "deepnorm", "mamba"]
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_the_column_of_attributions_adds_up_to_the_mean_logit(name: str) -> None:
+    source, block = opened(name)
+    result = sl.contribution_norms(source, logits=True, progress=False)
+    own = [i for i, c in enumerate(result.contributions) if c.kind not in OVERLAPPING]
+    targets = target_ids(source, block)
+    kept = (targets >= 0) & (block.position > 0)
+    with torch.no_grad():
+        logits = tokens(invoke(case(name).module, source.inputs(block)), source.stream, *block.shape).flatten(0, 1)
+    whole = (logits.gather(-1, targets.clamp_min(0)[:, None])[:, 0] - logits.mean(-1))[kept]
+    constant = Unembedding(source).constant(block, targets)[kept]
+    total = result.column("logit_attribution")[own].sum() + float(constant.double().mean())
+    assert total == pytest.approx(float(whole.double().mean()), abs=1e-4 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("name", [*HEADED, "gemma2"])
+def test_the_measured_logit_is_the_models_own_at_every_state(name: str) -> None:
+    """Of any state, because runs with something left out end in other states than the block's."""
+    source, block = opened(name)
+    module, targets = case(name).module, torch.arange(len(block.ids)) % 7
+    unembedding = Unembedding(source)
+    docs, positions = block.shape
+    for k in (0, 1, len(block.states) - 1):
+        with torch.no_grad():
+            state = block.states[k].reshape(docs, positions, -1)
+            logits = sl.run_from(module, source.anatomy, len(source.stream.steps), state, source.inputs(block))
+        truth = tokens(logits, source.stream, docs, positions).flatten(0, 1).gather(-1, targets[:, None])[:, 0]
+        found = unembedding.target_logit(block.states[k], targets)
+        assert unembedding.capped == (name == "gemma2")
+        if unembedding.capped:
+            cap = float(module.config.final_logit_softcapping)  # type: ignore[union-attr, arg-type]
+            found = cap * torch.tanh(found / cap)
+        torch.testing.assert_close(found, truth, rtol=0, atol=2e-5 * float(logits.abs().max()))
