@@ -7,9 +7,8 @@ description how many windows it holds, so a title tells what was measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamlens.analyses.source import CaptureSource, LiveSource, Source
+from streamlens.anatomy import Anatomy, Stream
 from streamlens.block import Block, LazyRows, LazyTable
 from streamlens.calling import Inputs
+from streamlens.checkpoint.model import Model
 from streamlens.errors import MissingDataError, UsageError
 from streamlens.recorder.feed import Load, select_docs
 from streamlens.recorder.plan import Plan
@@ -63,13 +64,12 @@ def sampled(source: Source, count: int | None, *, least: int = 1) -> Source:
     chosen = enough if count is None else enough[spread(len(enough), count)]
     if len(chosen) == len(lengths):
         return source
-    assert isinstance(source, (CaptureSource, LiveSource)), "there are no other sources"
     windows = _Chosen(np.cumsum(lengths) - lengths, lengths, chosen)
     if isinstance(source, LiveSource):
         return LiveSource(source.model, _plan_of_some(source, windows), source.name)
-    if isinstance(source, _SomeOfACapture):  # number them as the whole capture does
-        windows = replace(source.windows, chosen=source.windows.chosen[chosen])
-    return _SomeOfACapture(source.capture, source.name, lambda _: source.model, windows)
+    if isinstance(source, _SomeOfASource):  # number them as the whole source does
+        return _SomeOfASource(source.source, replace(source.windows, chosen=source.windows.chosen[chosen]))
+    return _SomeOfASource(source, windows)
 
 
 def spread(total: int, count: int) -> Ints:
@@ -84,16 +84,36 @@ def spread(total: int, count: int) -> Ints:
 
 def window_lengths(source: Source) -> Ints:
     """Return (window,) the tokens of every window, in the order in which they come."""
-    if isinstance(source, _SomeOfACapture):
+    if isinstance(source, _SomeOfASource):
         return source.windows.lengths[source.windows.chosen]
-    if isinstance(source, LiveSource):
-        position = source.plan.feed.position[source.plan.keep]
-    else:
-        assert isinstance(source, CaptureSource), "there are no other sources"
-        position = source.capture.tokens.position.numpy()
-    starts = np.flatnonzero(np.diff(position, prepend=position[:1]) <= 0)
-    lengths: Ints = np.diff(starts, append=len(position))
+    doc, position = _doc_and_position(source)
+    lengths: Ints = np.diff(_starts(position), append=len(doc))
     return lengths
+
+
+def window_documents(source: Source) -> Ints:
+    """Return (window,) the number of the document that every window is of."""
+    doc, position = _doc_and_position(source)
+    documents: Ints = doc[_starts(position)].astype(np.int64)
+    return documents[source.windows.chosen] if isinstance(source, _SomeOfASource) else documents
+
+
+def _doc_and_position(source: Source) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Document and position of each token, where they are known before anything is run; else it is run."""
+    if isinstance(source, _SomeOfASource):
+        source = source.source
+    if isinstance(source, LiveSource):
+        feed, kept = source.plan.feed, source.plan.keep
+        return feed.doc[kept], feed.position[kept]
+    if isinstance(source, CaptureSource):
+        tokens = source.capture.tokens
+        return tokens.doc.numpy(), tokens.position.numpy()
+    each = [(block.doc.numpy(), block.position.numpy()) for block in source.blocks()]
+    return np.concatenate([doc for doc, _ in each]), np.concatenate([position for _, position in each])
+
+
+def _starts(position: NDArray[np.int32]) -> Ints:
+    return np.flatnonzero(np.diff(position, prepend=position[:1]) <= 0)
 
 
 def usual_length(source: Source, most: int) -> int:
@@ -159,10 +179,26 @@ def _inputs_of_some(load: Load, docs: list[int], axis: int) -> Callable[[], Inpu
 
 
 @dataclass
-class _SomeOfACapture(CaptureSource):
-    """A capture of which some windows are looked at."""
+class _SomeOfASource:
+    """A source that is not run, of which some windows are looked at."""
 
-    windows: _Chosen = field(default_factory=lambda: _Chosen(*([np.zeros(0, np.int64)] * 3)))
+    source: Source
+    windows: _Chosen
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The whole anatomy."""
+        return self.source.anatomy
+
+    @property
+    def stream(self) -> Stream:
+        """The stream that is analysed."""
+        return self.source.stream
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Those of the whole source."""
+        return self.source.parameters
 
     @property
     def n_tokens(self) -> int:
@@ -170,15 +206,25 @@ class _SomeOfACapture(CaptureSource):
         return self.windows.tokens
 
     @property
+    def causal(self) -> bool:
+        """Whether the stream is blind to later positions."""
+        return self.source.causal
+
+    @property
     def description(self) -> str:
         """Model, text and sample in one line."""
-        attrs = self.capture.attrs
-        return f"{Path(str(attrs['model_source'])).name}, {attrs['text']}, {self.windows}, {self.n_tokens:,} tokens"
+        whole = self.source.description.removesuffix(f", {self.source.n_tokens:,} tokens")
+        return f"{whole}, {self.windows}, {self.n_tokens:,} tokens"
+
+    @property
+    def model(self) -> Model:
+        """The model itself."""
+        return self.source.model
 
     def blocks(self) -> Iterator[Block]:
         """Yield the chosen windows of each block; what is not chosen is not kept."""
         start = 0
-        for block in super().blocks():
+        for block in self.source.blocks():
             kept = self.windows.within(block.start, block.stop)
             if len(kept):
                 offsets = self.windows.starts[kept] - block.start
@@ -186,6 +232,10 @@ class _SomeOfACapture(CaptureSource):
                 cut = some_rows(block, torch.from_numpy(np.concatenate(pieces)), start)
                 start = cut.stop
                 yield cut
+
+    def inputs(self, block: Block) -> Inputs:
+        """Return the arguments of forward that give this block."""
+        return self.source.inputs(block)
 
 
 def some_rows(block: Block, rows: Tensor, start: int) -> Block:

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from streamlens.analyses.lens.writes import WriteLensResult as WriteLensResult
     from streamlens.analyses.lens.writes import write_lens as write_lens
     from streamlens.analyses.norms.door import contribution_norms as contribution_norms
-    from streamlens.analyses.position.door import PositionResult as PositionResult
+    from streamlens.analyses.position.answer import PositionResult as PositionResult
+    from streamlens.analyses.position.damage import LesionResult as LesionResult
     from streamlens.analyses.position.door import positional_persistence as positional_persistence
-    from streamlens.analyses.position.lesion import LesionResult as LesionResult
     from streamlens.analyses.position.lesion import position_lesion as position_lesion
     from streamlens.analyses.position.probes import ProbeResult as ProbeResult
     from streamlens.analyses.position.probes import position_probes as position_probes
@@ -92,8 +92,8 @@ _HOMES = {
     "logit_lens": ("streamlens.analyses.lens.door", "logit_lens"),
     "train_lens": ("streamlens.analyses.lens.tuned", "train_lens"),
     "write_lens": ("streamlens.analyses.lens.writes", "write_lens"),
-    "LesionResult": ("streamlens.analyses.position.lesion", "LesionResult"),
-    "PositionResult": ("streamlens.analyses.position.door", "PositionResult"),
+    "LesionResult": ("streamlens.analyses.position.damage", "LesionResult"),
+    "PositionResult": ("streamlens.analyses.position.answer", "PositionResult"),
     "ProbeResult": ("streamlens.analyses.position.probes", "ProbeResult"),
     "position_lesion": ("streamlens.analyses.position.lesion", "position_lesion"),
     "position_probes": ("streamlens.analyses.position.probes", "position_probes"),

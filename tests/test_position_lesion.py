@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import streamlens as sl
 from fixtures.planted_position import PositionCarrier
 from streamlens.analyses.ablation.runs import Runs, Setting
+from streamlens.analyses.position.damage import LesionResult
 from streamlens.analyses.position.door import positional_persistence
-from streamlens.analyses.position.lesion import LesionResult, position_lesion
+from streamlens.analyses.position.lesion import position_lesion
+from streamlens.analyses.position.sample import sample_of
 from streamlens.analyses.position.sums import sums_of
 from streamlens.analyses.position.theatre import Lesion, Theatre, Tokens
 from streamlens.analyses.source import source_of
@@ -36,7 +38,8 @@ def played(module: nn.Module, lesions: list[Lesion], **corpus: Any) -> tuple[lis
     source = source_of(module, stream=stream, **corpus)
     (block,) = source.blocks()
     setting = Setting.of(source, protect_first=protect_first)
-    sample = Tokens([x.step for x in lesions], 9, 2, None, 1, 0)
+    _, labels = sample_of(source, None, documents=99, tokens=2, include_first=False, seed=0)
+    sample = Tokens([x.step for x in lesions], labels)
     base = sums_of(source, sample.tapped(iter([block])), origins=False)
     theatre = Theatre(source, setting, lesions, base, sample)
     theatre.prepare(block)
@@ -131,15 +134,15 @@ class TestPlanted:
         for label in ("0_attn_out", "1_mlp_out"):
             gone, control = at(found, label, "position"), at(found, label, "random")
             later = slice(found.lesions[gone].step + 1, None)
-            assert (found.position_share[gone, later] < found.null_high[later] + 0.01).all()
-            assert (found.position_share[control, later] > 0.3 * found.baseline[later]).all()
+            assert (found.position_share.value[gone, later] < found.null_high[later] + 0.01).all()
+            assert (found.position_share.value[control, later] > 0.3 * found.baseline[later]).all()
             assert (found.probe_refitted[gone] < 0.05).all()
             assert (found.probe_refitted[control] > 0.1).all()
             assert found.energy_removed[gone] == pytest.approx(found.energy_removed[control], rel=0.1)
 
     def test_a_factor_of_zero_leaves_what_the_sublayer_wrote(self) -> None:
         found = position_lesion(PositionCarrier(), tokens=ids(), skips=["1_attn_out"], alphas=[0.0], progress=False)
-        assert found.position_share[0, -1] < 0.01
+        assert found.position_share.value[0, -1] < 0.01
         assert found.energy_removed[0] >= 1.0
 
     def test_without_lesion_all_is_as_before(self) -> None:
@@ -151,8 +154,8 @@ class TestPlanted:
         for i, lesion in enumerate(found.lesions):
             if lesion.mode == "scale":
                 later = slice(lesion.step + 1, None)
-                np.testing.assert_array_equal(found.position_share[i, later], found.baseline[later])
-                assert np.isnan(found.position_share[i, : lesion.step + 1]).all()
+                np.testing.assert_array_equal(found.position_share.value[i, later], found.baseline[later])
+                assert np.isnan(found.position_share.value[i, : lesion.step + 1]).all()
                 assert found.damage[i] == found.energy_removed[i] == 0.0
                 np.testing.assert_array_equal(found.probe_refitted[i], found.probe_baseline[i])
                 np.testing.assert_array_equal(found.probe_transferred[i], found.probe_baseline[i])
@@ -175,8 +178,44 @@ def test_from_a_file_as_from_the_model(tmp_path: Path) -> None:
     live = position_lesion(module, tokens=tokens, batch_tokens=40, **options)
     with sl.capture(module, tokens=tokens, out=tmp_path / "run.h5", progress=False) as capture:
         stored = position_lesion(capture, model=sl.load(module), **options)
-    for name in ("position_share", "probe_refitted", "probe_transferred", "damage", "energy_removed"):
+    for name in ("probe_refitted", "probe_transferred", "damage", "energy_removed"):
         np.testing.assert_allclose(getattr(stored, name), getattr(live, name), rtol=1e-4, atol=1e-5)
+    for one, two in ((stored.position_share, live.position_share), (stored.left, live.left)):
+        np.testing.assert_allclose(one.value, two.value, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_run_is_what_the_title_says_and_is_spread_over_the_text(tmp_path: Path) -> None:
+    """Documents of unequal length, three to a batch: 7 of those that are long enough, from the first to the last."""
+    rows = [[i, i + 1, i + 5, i + 2] for i in range(9)] + [[(3 * i + j) % 40 for j in range(12)] for i in range(30)]
+    module, options = PositionCarrier(), {"skips": ["1_attn_out"], "positions": 12, "documents": 7, "progress": False}
+    live = position_lesion(module, tokens=rows, window=None, batch_tokens=36, **options)  # type: ignore[arg-type]
+    assert "7 of 39 windows, 84 tokens, 7 x 11 positions" in live.title
+    with sl.capture(module, tokens=rows, window=None, out=tmp_path / "run.h5", progress=False) as capture:
+        stored = position_lesion(capture, model=sl.load(module), **options)  # type: ignore[arg-type]
+    assert "7 of 39 windows, 84 tokens, 7 x 11 positions" in stored.title
+    np.testing.assert_allclose(stored.damage, live.damage, rtol=1e-4, atol=1e-6)
+    chosen = [13, 17, 21, 26, 30, 34, 38]
+    alone = position_lesion(module, tokens=[rows[i] for i in chosen], window=None, **options)  # type: ignore[arg-type]
+    np.testing.assert_allclose(alone.damage, live.damage, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(alone.position_share.value, live.position_share.value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_of_16_bits_says_how_far_off_a_lesion_is() -> None:
+    """A skip 100 times as large as the write: what is left of a sum without it is rounding, as much as it says."""
+    net = PositionCarrier(layers=1).bfloat16()
+    with torch.no_grad():
+        net.embed.weight.mul_(100)
+        net.layers[0].attn.out.weight.mul_(0.01)  # type: ignore[union-attr, operator]
+    lesions = [Lesion("scale", 0, "", 1.0), Lesion("scale", 0, "", 0.0)]
+    _, _, theatre = played(net, lesions, tokens=ids(8))
+    source = source_of(net, tokens=ids(8))
+    (block,) = source.blocks()
+    state, write = block.states[0], block.writes[0]
+    wrong = (state + (write - state)).float() - write.float()
+    assert theatre.rounding[0] == 0.0
+    assert theatre.rounding[1] == pytest.approx(float(wrong.norm() / write.float().norm()), rel=0.2)
+    assert theatre.rounding[1] > 0.01
+    assert played(net.float(), lesions, tokens=ids(8))[2].rounding.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("protect_first", [True, False])
@@ -207,3 +246,5 @@ def test_tables_and_figures(tmp_path: Path) -> None:
     assert found.save(tmp_path / "lesion.png").stat().st_size > 1000
     axes = found.plot_scale()
     assert axes.get_xlabel() == "Factor on the skip"
+    assert len(found.plot().figure.axes) == 2  # a panel for the skip, and one below it for its factors
+    assert {"position_left_last", "position_left_last_low", "position_left_last_over_control"} < set(found.rows()[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+import streamlens as sl
 from fixtures.planted_position import PositionCarrier
-from streamlens.analyses.position.probes import ProbeResult, control_labels, position_probes, r_squared, score
-from streamlens.analyses.position.sample import PENALTIES, Halves, Sample, fit_ridge
+from streamlens.analyses.position.probes import ProbeResult, control_labels, position_probes
+from streamlens.analyses.position.sample import PENALTIES, Halves, Sample, fit_ridge, r_squared, sample_of, score
 from streamlens.analyses.source import source_of
 from streamlens.errors import MissingDataError, UsageError
 from tests.conftest import case, taken
@@ -105,7 +107,9 @@ class TestKnownAnswers:
         found = position_probes(PositionCarrier(), tokens=ids(vocab=10), states=[0], progress=False)
         assert found.r_squared_control[0] > 0.9
         assert found.accuracy_control[0] > 0.9
-        assert found.selectivity[0] == found.r_squared[0] - found.r_squared_control[0]
+        # Of position, the probe finds what a probe for the tokens does not: neither is 1, so it is their difference.
+        assert found.r_squared[0] - 1 < found.selectivity[0] < 0.1
+        assert found.rows()[0]["selectivity"] == pytest.approx(found.r_squared[0] - found.r_squared_control[0])
 
     def test_both_sides_seeing_and_no_positions_tell_nothing_exactly(self) -> None:
         """An encoder without positions: permuted tokens give permuted states, so there is nothing to find."""
@@ -135,23 +139,28 @@ def test_control_labels_belong_to_the_kind_of_token() -> None:
 
 class TestSample:
     def test_is_bounded_spread_out_and_the_same_for_any_batches(self) -> None:
-        source = source_of(case("gpt2").module, tokens=ids(30, 11, 50), batch_tokens=44)
-        other = source_of(case("gpt2").module, tokens=ids(30, 11, 50), batch_tokens=330)
         found = []
-        for each in (source, other):
-            sample = Sample(9, 30, documents=10, tokens=4)
-            rows = [sample.rows(block) + block.start for block in each.blocks()]
+        for batch_tokens in (44, 330):
+            source = source_of(case("gpt2").module, tokens=ids(30, 11, 50), batch_tokens=batch_tokens)
+            some, sample = sample_of(source, 9, documents=10, tokens=4, include_first=False, seed=0)
+            rows = [sample.rows(block) + block.start for block in some.blocks()]
             found.append((torch.cat(rows), sample))
         assert torch.equal(found[0][0], found[1][0])
         sample = found[0][1]
         assert len(sample.position) == 40
         assert set(sample.position) <= set(range(1, 9))
-        assert len(np.unique(sample.column(3))) == 10
-        assert np.ptp(sample.column(3)) >= 25
+        assert len(np.unique(sample.column(2))) == 10
+        assert np.ptp(sample.column(2)) >= 25
+
+    def test_a_short_first_document_does_not_thin_it_out(self) -> None:
+        rows = [[1] * 10] + [[(7 * i + j) % 40 for j in range(30)] for i in range(100)]
+        found = position_probes(PositionCarrier(), tokens=rows, window=None, states=[0], documents=20, progress=False)
+        assert sum(found.tokens) == 20 * 24
+        assert "20 of 101 windows" in found.title
 
     def test_labels_are_those_of_the_rows(self) -> None:
         source = source_of(case("gpt2").module, tokens=ids(8, 11, 50), batch_tokens=44)
-        sample = Sample(11, 8, documents=8, tokens=5)
+        sample = Sample(11, tokens=5)
         for block in source.blocks():
             rows = sample.rows(block)
             assert np.array_equal(sample.labels[-1][1], block.ids[rows])
@@ -175,6 +184,36 @@ def test_three_documents_are_too_few(name: str, tmp_path: Path) -> None:
     only = {"streams": ["decoder"]} if name == "transformer_pre" else {}
     with taken(case(name), tmp_path / "run.h5", **only) as capture, pytest.raises(MissingDataError, match="too few"):
         position_probes(capture, stream=only.get("streams", [None])[0], progress=False)
+
+
+def test_a_state_named_twice_is_probed_once() -> None:
+    found = position_probes(PositionCarrier(), tokens=ids(), states=[3, 3, 0], progress=False)
+    once = position_probes(PositionCarrier(), tokens=ids(), states=[3, 0], progress=False)
+    assert found.state_index.tolist() == [3, 0]
+    np.testing.assert_array_equal(found.r_squared, once.r_squared)
+
+
+class TestUntrained:
+    def test_the_model_before_its_training_is_probed_alike(self, tmp_path: Path) -> None:
+        options: dict[str, Any] = {"tokens": ids(), "states": [0, 6], "progress": False}
+        found = position_probes(PositionCarrier(), untrained=PositionCarrier(eraser=1), **options)
+        other = position_probes(PositionCarrier(eraser=1), **options)
+        np.testing.assert_allclose(found.r_squared_untrained, other.r_squared, rtol=1e-10)
+        assert np.isnan(other.r_squared_untrained).all()
+        assert [row["r_squared_untrained"] for row in found.rows()] == found.r_squared_untrained.tolist()
+        labels = [line.get_label() for line in found.plot().lines]
+        assert "control: before training" in labels
+        stored = []
+        for name, module in (("own", PositionCarrier()), ("untrained", PositionCarrier(eraser=1))):
+            sl.capture(module, tokens=ids(), out=tmp_path / f"{name}.h5", progress=False).close()
+            stored.append(tmp_path / f"{name}.h5")
+        again = position_probes(stored[0], untrained=stored[1], states=[0, 6], progress=False)
+        np.testing.assert_allclose(again.r_squared_untrained, other.r_squared, atol=1e-6)
+
+    def test_on_other_tokens_it_is_no_control(self) -> None:
+        source = source_of(PositionCarrier(), tokens=ids(seed=1))
+        with pytest.raises(UsageError, match="shown other tokens"):
+            position_probes(PositionCarrier(), tokens=ids(), untrained=source, progress=False)
 
 
 def test_mistakes() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import streamlens as sl
-from streamlens.analyses.sampling import sampled, spread, usual_length, window_lengths
+from streamlens.analyses.sampling import sampled, spread, usual_length, window_documents, window_lengths
 from streamlens.analyses.source import Source, source_of
 from streamlens.block import Block
 from streamlens.errors import MissingDataError, UsageError
@@ -46,6 +46,9 @@ def test_short_and_long_windows_count_alike(tmp_path: Path) -> None:
         assert usual_length(source, 2) == 2
         assert window_lengths(sampled(source, None, least=5)).tolist() == [5] * 12
         assert sampled(source, 25) is source
+        documents = window_documents(source)
+        assert sorted(documents) == list(range(25))
+        assert window_documents(some).tolist() == [int(b) for each in some.blocks() for b in each.doc[starts(each)]]
 
 
 def test_states_and_inputs_are_those_of_the_windows(tmp_path: Path) -> None:
@@ -69,8 +72,8 @@ def test_states_and_inputs_are_those_of_the_windows(tmp_path: Path) -> None:
         assert seen == some.n_tokens
 
 
-def starts(block: Block) -> range:
-    return range(0, block.stop - block.start, block.shape[1])
+def starts(block: Block) -> list[int]:
+    return list(range(0, block.stop - block.start, block.shape[1]))
 
 
 @pytest.mark.parametrize("name", ["encoder_post", "t5", "bart", "transformer_post", "user_post_norm"])

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamlens.analyses.figures import PALETTE, axes, finish, interval, style
+from streamlens.analyses.figures import DIVERGING, PALETTE, axes, finish, interval, panels, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from streamlens.analyses.position.door import PositionResult
-    from streamlens.analyses.position.lesion import LesionResult
+    from streamlens.analyses.position.answer import OriginResult, PositionResult
+    from streamlens.analyses.position.damage import LesionResult
     from streamlens.analyses.position.probes import ProbeResult
 
 NAMES = {
@@ -47,11 +48,13 @@ def plot_share(found: PositionResult, ax: Axes | None = None) -> Axes:
                 linestyle="--",
                 label=f"with position 0 (up to {found.position_share_all.max():.2g})",
             )
-        ax.plot(x, found.position_share, color=PALETTE["attn"], marker="o", markersize=3, label="positional part")
-        low, high = (
-            min(found.null_low.min(), found.position_share.min(), 0),
-            max(found.null_high.max(), found.position_share.max()),
-        )
+        interval(ax, x, found.low, found.high, PALETTE["attn"])  # type: ignore[arg-type]
+        label = "positional part" if np.isnan(found.low).all() else "positional part (95 % interval)"
+        ax.plot(x, found.position_share, color=PALETTE["attn"], marker="o", markersize=3, label=label)
+        # With few documents intervals are so wide that nothing else would be seen: then they leave the axes.
+        reach = 2 * np.abs(found.position_share).max()
+        low = min(found.null_low.min(), found.position_share.min(), max(np.nanmin(found.low, initial=0), -reach), 0)
+        high = max(found.null_high.max(), found.position_share.max(), min(np.nanmax(found.high, initial=0), reach))
         ax.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))
         integer_ticks(ax)
         return finish(ax, x=STATE, y=SHARE, title=found.title)
@@ -62,30 +65,50 @@ def plot_origin(found: PositionResult, ax: Axes | None = None) -> Axes:
     with style():
         ax = axes(ax)
         x = np.arange(len(found.states))
-        kinds = [kind for kind in dict.fromkeys(found.kinds) if np.any(found.share_of(kind))]
-        shares = np.stack([found.share_of(kind) for kind in kinds])
-        for sign in (1.0, -1.0):
-            base = np.zeros(len(x))
-            for kind, own in zip(kinds, shares, strict=True):
-                height = np.where(own * sign > 0, own, 0.0)
-                label = NAMES.get(kind, kind) if sign > 0 else None
-                ax.bar(
-                    x,
-                    height,
-                    bottom=base,
-                    width=1.0,
-                    color=PALETTE.get(kind, PALETTE["other"]),
-                    label=label,
-                    edgecolor="none",
-                )
-                base += height
+        above, below = np.zeros(len(x)), np.zeros(len(x))
+        for kind in dict.fromkeys(found.kinds):
+            # Term by term, or what one sublayer takes away would hide in what another of its kind adds.
+            own = np.nan_to_num(found.origin[:, [i for i, k in enumerate(found.kinds) if k == kind]])
+            if not own.any():
+                continue
+            look = {"color": PALETTE.get(kind, PALETTE["other"]), "width": 1.0, "edgecolor": "none"}
+            added, taken = own.clip(min=0).sum(1), own.clip(max=0).sum(1)
+            ax.bar(x, added, bottom=above, label=NAMES.get(kind, kind), **look)  # type: ignore[arg-type]
+            ax.bar(x, taken, bottom=below, **look)  # type: ignore[arg-type]
+            above, below = above + added, below + taken
         ax.axhline(0, color=PALETTE["block"], linewidth=0.6)
         ax.axhline(1, color=PALETTE["block"], linewidth=0.6, linestyle=":")
         ax.set_xlim(-0.5, len(x) - 0.5)
         integer_ticks(ax)
+        for k in np.flatnonzero(np.isnan(found.origin).all(axis=1)):
+            ax.text(float(k), 0.02, "in its null band", rotation=90, ha="center", va="bottom", fontsize=6)
         finish(ax, x=STATE, y="Share of the positional part", title=found.title)
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return ax
+
+
+def plot_origins(found: OriginResult, ax: Axes | None = None) -> Axes:
+    """Draw the share of each term in the positional part of each state as a heat map around zero."""
+    with style():
+        ax = axes(ax, width=7.0, height=min(8.0, 1.6 + 0.16 * len(found.terms)))
+        known = np.abs(found.share[~np.isnan(found.share)])
+        limit = max(float(np.quantile(known, 0.99)) if len(known) else 1.0, 0.1)
+        edges = [np.arange(n + 1) - 0.5 for n in reversed(found.share.shape)]
+        ax.set_facecolor("#e4e4e4")
+        ax.grid(visible=False)
+        image = ax.pcolormesh(
+            edges[1], edges[0], np.ma.masked_invalid(found.share).T, cmap=DIVERGING, vmin=-limit, vmax=limit
+        )
+        figure = ax.get_figure(root=True)
+        assert figure is not None, "axes without a figure"
+        extend = "both" if known.max(initial=0.0) > limit else "neither"
+        figure.colorbar(image, ax=ax, label="Share of the positional part (below 0: taken away)", extend=extend)
+        step = -(-len(found.terms) // 40)
+        ticks = range(0, len(found.terms), step)
+        ax.set_yticks(ticks, [found.terms[i].removesuffix("_out").replace("_", " ") for i in ticks])
+        ax.invert_yaxis()
+        integer_ticks(ax)
+        return finish(ax, x=f"{STATE}\ngrey: not written yet, or within the null band", y="Term", title=found.title)
 
 
 def plot_path(found: PositionResult, ax: Axes | None = None, *, state: int = -1) -> Axes:
@@ -116,13 +139,14 @@ def plot_probes(found: ProbeResult, ax: Axes | None = None) -> Axes:
         controls = (
             (found.r_squared_control, PALETTE["mlp"], "s", "control: a random position for each kind of token"),
             (found.r_squared_shuffled, PALETTE["norm"], "^", "control: positions in random order"),
+            (found.r_squared_untrained, PALETTE["mixer"], "D", "control: before training"),
         )
         ax.plot(x, found.r_squared, color=PALETTE["attn"], marker="o", markersize=3, label="position (95 % interval)")
         for values, colour, marker, name in controls:
             if not np.isnan(values).all():
                 ax.plot(x, values, color=colour, marker=marker, markersize=3, linewidth=0.9, label=name)
         ax.axhline(0, color=PALETTE["norm"], linewidth=0.6)
-        lowest = np.nanmin([values.min() for values in (found.r_squared, *(c[0] for c in controls))])
+        lowest = np.nanmin([np.nanmin(values, initial=0.0) for values in (found.r_squared, *(c[0] for c in controls))])
         ax.set_ylim(max(min(lowest, 0.0) - 0.05, -1.0), 1.45)
         ax.set_yticks([t for t in np.arange(-1.0, 1.01, 0.25) if t >= ax.get_ylim()[0]])
         integer_ticks(ax)
@@ -131,43 +155,95 @@ def plot_probes(found: ProbeResult, ax: Axes | None = None) -> Axes:
         return ax
 
 
-def plot_lesions(found: LesionResult, ax: Axes | None = None) -> Axes:
-    """Draw the positional share by state, unchanged and after each removal, beside its control."""
+LEFT = "Positional energy over that\nof the unchanged model"
+REMOVED = {
+    "position": ("-", "s", "position subspace removed"),
+    "random": ("--", "^", "random subspace, equal energy"),
+}
+_SKIPS = [PALETTE[kind] for kind in ("attn", "mlp", "mixer", "embed", "other", "cross_attn", "block")]
+
+
+def draw_lesions(found: LesionResult) -> Axes:
+    """Draw a panel for each damaged skip, and one below it where the skip is scaled, too."""
+    steps = list(dict.fromkeys(x.step for x in found.lesions))
+    modes = {x.mode for x in found.lesions}
+    rows = [draw for draw, wanted in ((plot_lesions, "position"), (plot_scale, "scale")) if wanted in modes]
+    drawn = panels(len(rows), len(steps), width=max(4.0, 2.4 * len(steps)), height=0.5 + 2.5 * len(rows))
+    for row, draw in enumerate(rows):
+        for column, step in enumerate(steps):
+            ax = draw(found, drawn[row * len(steps) + column], step=step)
+            name = next(x.label for x in found.lesions if x.step == step).removesuffix("_out").replace("_", " ")
+            ax.set_title(f"skip around {name}" if row == 0 else "", loc="left", fontsize=9)
+            if column:
+                ax.set_ylabel("")
+                ax.sharey(drawn[row * len(steps)])
+            legend = ax.get_legend()
+            if legend is not None and column:
+                legend.remove()
+    figure = drawn[0].get_figure(root=True)
+    assert figure is not None, "axes without a figure"
+    figure.suptitle(
+        "\n".join(textwrap.wrap(found.title, int(11 * figure.get_figwidth()))), fontsize=9, x=0.01, ha="left"
+    )
+    return drawn[0]
+
+
+def plot_lesions(found: LesionResult, ax: Axes | None = None, *, step: int | None = None) -> Axes:
+    """Draw what is left of position in each state after each removal and after its control, with intervals.
+
+    Args:
+        found: the lesions.
+        ax: where to draw.
+        step: only the lesions of this skip; by default all, each in a colour of its own.
+    """
     with style():
         ax = axes(ax)
-        x = np.arange(len(found.states))
-        ax.fill_between(x, 0, found.null_high, color=PALETTE["block"], alpha=0.2, linewidth=0)
-        ax.plot(x, found.baseline, color=PALETTE["block"], marker="o", markersize=3, label="unchanged")
-        looks = {"position": (PALETTE["mlp"], "-", "s"), "random": (PALETTE["attn"], "--", "^")}
-        names = {"position": "position subspace removed from the skip", "random": "random subspace, same energy"}
+        ax.axhline(1, color=PALETTE["block"], linewidth=0.6)
+        top = 1.0
+        steps = list(dict.fromkeys(x.step for x in found.lesions))
         for number, lesion in enumerate(found.lesions):
-            if lesion.mode in looks:
-                colour, line, marker = looks[lesion.mode]
-                label = names.pop(lesion.mode, None)
-                shares = found.position_share[number]
-                ax.plot(x, shares, color=colour, linestyle=line, marker=marker, markersize=3, label=label)
+            if lesion.mode not in REMOVED or step not in (None, lesion.step):
+                continue
+            line, marker, name = REMOVED[lesion.mode]
+            colour = PALETTE["mlp" if lesion.mode == "position" else "attn"]
+            if step is None and len(steps) > 1:
+                colour, name = _SKIPS[steps.index(lesion.step) % len(_SKIPS)], f"{name} at {lesion.label}"
+            values, low, high = (each[number] for each in (found.left.value, found.left.low, found.left.high))
+            x = np.arange(len(values))
+            interval(ax, x, low, high, colour)  # type: ignore[arg-type]
+            ax.plot(x, values, color=colour, linestyle=line, marker=marker, markersize=3, linewidth=1, label=name)
+            top = max(top, np.nanmax(values, initial=0.0), min(np.nanmax(high, initial=0.0), 3.0))
+            if lesion.mode == "position":
                 ax.axvline(lesion.step + 0.5, color=PALETTE["norm"], linewidth=0.6, linestyle=":")
-        ax.axhline(0, color=PALETTE["norm"], linewidth=0.6)
+        ax.set_ylim(-0.05 * top, 1.6 * top)
+        ax.set_xlim(-0.5, len(found.states) - 0.5)
         integer_ticks(ax)
-        ax.legend(frameon=True, facecolor="white", edgecolor="none", framealpha=1.0)  # over the dotted lines
-        return finish(ax, x=STATE, y=SHARE, title=found.title)
+        finish(ax, x="State" if step is not None else STATE, y=LEFT, title=found.title)
+        ax.legend(loc="upper left", fontsize=7)
+        return ax
 
 
-def plot_scale(found: LesionResult, ax: Axes | None = None) -> Axes:
-    """Draw the positional share of the last state against the factor on the skip."""
+def plot_scale(found: LesionResult, ax: Axes | None = None, *, step: int | None = None) -> Axes:
+    """Draw what is left of position in the last state against the factor on the skip, with intervals.
+
+    Args:
+        found: the lesions.
+        ax: where to draw.
+        step: only the lesions of this skip; by default all, each in a colour of its own.
+    """
     with style():
         ax = axes(ax)
-        ax.axhspan(0, found.null_high[-1], color=PALETTE["block"], alpha=0.2, linewidth=0)
-        rows = [
-            (x.label, x.alpha, found.position_share[i, -1]) for i, x in enumerate(found.lesions) if x.mode == "scale"
-        ]
-        colours = [PALETTE[kind] for kind in ("attn", "mlp", "mixer", "embed", "other", "cross_attn", "block")]
-        for number, label in enumerate(dict.fromkeys(label for label, _, _ in rows)):
-            points = sorted((alpha, share) for name, alpha, share in rows if name == label)
-            colour = colours[number % len(colours)]
-            ax.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=f"skip around {label}")
-        ax.axhline(found.baseline[-1], color=PALETTE["norm"], linewidth=0.6, linestyle=":", label="unchanged")
-        return finish(ax, x="Factor on the skip", y=f"{SHARE},\nlast state", title=found.title)
+        rows = [i for i, x in enumerate(found.lesions) if x.mode == "scale" and step in (None, x.step)]
+        ax.axhline(1, color=PALETTE["block"], linewidth=0.6)
+        for number, label in enumerate(dict.fromkeys(found.lesions[i].label for i in rows)):
+            own = sorted((i for i in rows if found.lesions[i].label == label), key=lambda i: found.lesions[i].alpha)
+            alphas = [found.lesions[i].alpha for i in own]
+            colour = _SKIPS[number % len(_SKIPS)] if step is None else PALETTE["mixer"]
+            interval(ax, alphas, found.left.low[own, -1], found.left.high[own, -1], colour)  # type: ignore[arg-type]
+            name = f"skip around {label}" if step is None else "last state"
+            ax.plot(alphas, found.left.value[own, -1], color=colour, marker="o", markersize=3, label=name)
+        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+        return finish(ax, x="Factor on the skip", y=f"{LEFT},\nlast state", title=found.title)
 
 
 def integer_ticks(ax: Axes) -> None:

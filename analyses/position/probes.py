@@ -1,8 +1,10 @@
 """Can a linear map tell from a state where its token stands, in documents it was not trained on?
 
-Three controls go with it (Hewitt & Liang 2019, arXiv:1909.03368): labels in random order, which nothing can predict;
-a random position for each kind of token, which shows how much the probe can learn by heart; and the distance between
-the latter and the real thing, the selectivity. That position can be read off does not say that the model reads it.
+Controls go with it (Hewitt & Liang 2019, arXiv:1909.03368): labels in random order, which nothing can predict; a
+random position for each kind of token, which shows how much the probe can learn by heart; the distance between the
+latter and the real thing, the selectivity; and, where there is one, the same model before its training, since a causal
+mask alone lets position be read off (Chi et al. 2023, arXiv:2305.13571). That position can be read off does not say
+that the model reads it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -18,15 +21,17 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
-from streamlens.analyses.position.sample import Halves, Ints, Sample, fit_ridge
-from streamlens.analyses.position.sums import MOST_POSITIONS, first_length
+from streamlens.analyses.position.sample import Halves, Sample, fit_ridge, r_squared, sample_of, score
 from streamlens.analyses.result import Result
+from streamlens.analyses.sampling import Ints
 from streamlens.analyses.source import Corpus, Origin, Source, source_of, watched
-from streamlens.analyses.statistics import Floats, bootstrap
+from streamlens.analyses.statistics import Floats
 from streamlens.anatomy import Stream
 from streamlens.checkpoint.model import Model
-from streamlens.errors import MissingDataError, UsageError
+from streamlens.checkpoint.sniff import is_hdf5
+from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,6 +64,8 @@ class ProbeResult(Result):
     """(state,) the same with labels in random order."""
     r_squared_control: Floats
     """(state,) the same with a random position for each kind of token, on kinds that were seen in training."""
+    r_squared_untrained: Floats
+    """(state,) of the same model before its training, where one was given."""
     mean_absolute_error: Floats
     """(state,) in tokens."""
     mean_absolute_error_guess: float
@@ -107,6 +114,7 @@ _COLUMNS = (
     "high",
     "r_squared_shuffled",
     "r_squared_control",
+    "r_squared_untrained",
     "selectivity",
     "mean_absolute_error",
     "accuracy",
@@ -120,6 +128,7 @@ def position_probes(
     *,
     stream: str | None = None,
     model: Model | None = None,
+    untrained: Origin | None = None,
     states: Sequence[int] | None = None,
     positions: int | None = None,
     include_first: bool = False,
@@ -136,10 +145,11 @@ def position_probes(
         origin: a capture or its path, a model or its file, or a source.
         stream: which stream; by default the one that the head reads.
         model: for a capture: its model, where it is loaded already (not needed here).
+        untrained: the same model before its training (or a capture of it on the same tokens): a control.
         states: which states, by index; by default x_0 and the last one of each layer.
-        positions: how many positions of each document, from 0; by default the length of the first, at most 128.
+        positions: how many positions of each document, from 0; by default so many as half of them have, at most 128.
         include_first: whether position 0 may be in the sample.
-        documents: windows in the sample, at most; this and the next bound the memory.
+        documents: windows in the sample, at most, spread over the text; this and the next bound the memory.
         tokens_per_document: tokens of each window.
         bins: classes of the logistic probe.
         sample_seed: of sample, split and controls.
@@ -148,7 +158,7 @@ def position_probes(
 
     Raises:
         MissingDataError: too few documents, or a capture that lacks positions or states.
-        UsageError: a state that does not exist, or fewer than two bins.
+        UsageError: a state that does not exist, fewer than two bins, or a control that was shown other tokens.
 
     Example:
         >>> import torch
@@ -158,35 +168,45 @@ def position_probes(
         >>> bool(found.low[0] > 0.3), bool(found.r_squared[1] < 0.1)
         (True, True)
     """
-    source = source_of(origin, stream=stream, model=model, **corpus)
-    chosen = _chosen(source.stream, states)
     if bins < 2:
         raise UsageError(f"{bins} bins are no classes to tell apart: ask for at least 2")
-    sample: Sample | None = None
-    seen: dict[int, list[NDArray[np.float32]]] = {k: [] for k in chosen}
-    for block in watched(source, "position", progress=progress):
-        if sample is None:
-            sample = sample_of(
-                source, first_length(block), positions, include_first, documents, tokens_per_document, sample_seed
-            )
-        rows = sample.rows(block)
-        for k in chosen if len(rows) else ():
-            state = block.states[k]
-            seen[k].append(state[rows.to(state.device)].float().cpu().numpy())
-    if sample is None or not sample.taken:
-        raise MissingDataError(
-            f"no document or window of {source.description} has {positions} positions: ask for fewer"
+    plan: dict[str, Any] = {"documents": documents, "tokens": tokens_per_document}
+    plan |= {"include_first": include_first, "seed": sample_seed}
+    source = source_of(origin, stream=stream, model=model, **corpus)
+    chosen = _chosen(source.stream, states)
+    features = _Features.of(source, positions, chosen, plan, progress)
+    control = None
+    if untrained is not None:
+        # A model is shown the same; a capture or a source has its own tokens, which are compared below.
+        shown = isinstance(untrained, (Model, nn.Module)) or (
+            isinstance(untrained, (str, Path)) and not is_hdf5(Path(untrained))
         )
-    features = {k: np.concatenate(blocks) for k, blocks in seen.items()}
-    return _probed(source, sample, features, bins, sample_seed)
+        same = source_of(untrained, stream=stream, **corpus) if shown else source_of(untrained)
+        control = _Features.of(same, positions, chosen, plan, progress)
+    return _probed(features, control, bins, sample_seed)
 
 
-def sample_of(
-    source: Source, length: int, positions: int | None, include_first: bool, documents: int, tokens: int, seed: int
-) -> Sample:
-    """Plan a sample that is spread over all of a source, from the length of the first document."""
-    count = min(MOST_POSITIONS, length) if positions is None else positions
-    return Sample(count, source.n_tokens // length, documents, tokens, 0 if include_first else 1, seed)
+@dataclass(frozen=True)
+class _Features:
+    """The states of a sample of tokens."""
+
+    source: Source
+    sample: Sample
+    tables: dict[int, NDArray[np.float32]]
+    """By state: (sample, d_model)."""
+
+    @classmethod
+    def of(
+        cls, source: Source, positions: int | None, states: Sequence[int], plan: dict[str, Any], progress: bool
+    ) -> _Features:
+        some, sample = sample_of(source, positions, **plan)
+        seen: dict[int, list[NDArray[np.float32]]] = {k: [] for k in states}
+        for block in watched(some, "position", progress=progress):
+            rows = sample.rows(block)
+            for k, tables in seen.items():
+                state = block.states[k]
+                tables.append(state[rows.to(state.device)].float().cpu().numpy())
+        return cls(some, sample, {k: np.concatenate(tables) for k, tables in seen.items()})
 
 
 def _chosen(stream: Stream, states: Sequence[int] | None) -> list[int]:
@@ -197,7 +217,7 @@ def _chosen(stream: Stream, states: Sequence[int] | None) -> list[int]:
     for k in states:
         if not 0 <= k < count:
             raise UsageError(f"stream {stream.name!r} has states 0 to {count - 1}, not {k}")
-    return list(states)
+    return list(dict.fromkeys(states))
 
 
 def control_labels(ids: Ints, position: Ints, seed: int) -> Floats:
@@ -207,9 +227,8 @@ def control_labels(ids: Ints, position: Ints, seed: int) -> Floats:
     return drawn[place].astype(np.float64)
 
 
-def _probed(
-    source: Source, sample: Sample, features: dict[int, NDArray[np.float32]], bins: int, seed: int
-) -> ProbeResult:
+def _probed(features: _Features, untrained: _Features | None, bins: int, seed: int) -> ProbeResult:
+    sample = features.sample
     position, halves = sample.position.astype(np.float64), Halves.of(sample.groups, seed)
     train, test = halves.train, halves.test
     control = control_labels(sample.ids, sample.position, seed)
@@ -219,7 +238,7 @@ def _probed(
     edges = np.linspace(position.min(), position.max() + 1, bins + 1)
     classes = [np.digitize(column, edges) for column in (position, control)]
     found: dict[str, list[float]] = {name: [] for name in _COLUMNS if name != "selectivity"}
-    for table in features.values():
+    for k, table in features.tables.items():
         probe = fit_ridge(table, labels, halves)
         guess = probe.predict(table[test])
         own = score(position[test], guess[:, 0], sample.groups[test])
@@ -229,15 +248,16 @@ def _probed(
         found["r_squared_shuffled"].append(r_squared(shuffled[test], guess[:, 1]))
         found["r_squared_control"].append(r_squared(control[test][known], guess[known, 2]))
         found["mean_absolute_error"].append(float(np.abs(position[test] - guess[:, 0]).mean()))
+        found["r_squared_untrained"].append(_untrained(untrained, k, sample, halves))
         found["penalty"].append(float(probe.penalties[0]))
         found["accuracy"].append(float(_classified(table, classes[0], halves).mean()))
         by_heart = _classified(table, classes[1], halves)[known] if known.any() else np.array([np.nan])
         found["accuracy_control"].append(float(by_heart.mean()))
-    names = source.stream.state_labels
+    source, names = features.source, features.source.stream.state_labels
     return ProbeResult(
-        title=f"Position read off by linear probes: {source.description}",
-        states=tuple(names[k] for k in features),
-        state_index=np.array(list(features), np.int64),
+        title=f"Position read off by linear probes: {source.description}, {sample.tokens} positions of each window",
+        states=tuple(names[k] for k in features.tables),
+        state_index=np.array(list(features.tables), np.int64),
         tokens=(len(train), len(test)),
         split_by="document" if sample.by_document else "window",
         bins=bins,
@@ -245,21 +265,6 @@ def _probed(
         chance=float(np.bincount(classes[0][test]).max() / len(test)),
         **{name: np.array(values, np.float64) for name, values in found.items()},
     )
-
-
-def r_squared(truth: Floats, guess: Floats) -> float:
-    """Return the share of the variance of the truth that is explained; NaN where it does not vary."""
-    spread = float(((truth - truth.mean()) ** 2).sum()) if len(truth) else 0.0
-    return 1 - float(((truth - guess) ** 2).sum()) / spread if spread else float("nan")
-
-
-def score(truth: Floats, guess: Floats, groups: Ints) -> tuple[float, float, float]:
-    """Return R^2 with the ends of its 95 % interval, by bootstrap over the groups."""
-    _, place = np.unique(groups, return_inverse=True)
-    error = np.bincount(place, (truth - guess) ** 2).astype(np.float64)
-    spread = np.bincount(place, (truth - truth.mean()) ** 2).astype(np.float64)
-    missed = bootstrap(error, spread)
-    return 1 - missed.mean, 1 - missed.high, 1 - missed.low
 
 
 def _classified(table: NDArray[np.float32], classes: Ints, halves: Halves) -> NDArray[np.bool_]:
@@ -276,3 +281,15 @@ def _classified(table: NDArray[np.float32], classes: Ints, halves: Halves) -> ND
 
 def _logistic(strength: float) -> Any:
     return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300, tol=1e-3))
+
+
+def _untrained(features: _Features | None, state: int, sample: Sample, halves: Halves) -> float:
+    """R^2 of the same probe on the model before its training."""
+    if features is None:
+        return float("nan")
+    if not np.array_equal(features.sample.ids, sample.ids):
+        raise UsageError("the model before its training was shown other tokens: give both the same text and windows")
+    position = sample.position.astype(np.float64)
+    table = features.tables[state]
+    guess = fit_ridge(table, position[:, None], halves).predict(table[halves.test])[:, 0]
+    return r_squared(position[halves.test], guess)

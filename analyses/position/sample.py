@@ -12,12 +12,12 @@ from sklearn.model_selection import GroupKFold, GroupShuffleSplit
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from streamlens.analyses.position.sums import Rectangle
-from streamlens.analyses.statistics import Floats
+from streamlens.analyses.position.sums import MOST_POSITIONS, Rectangle
+from streamlens.analyses.sampling import Ints, sampled, usual_length
+from streamlens.analyses.source import Source
+from streamlens.analyses.statistics import Floats, bootstrap
 from streamlens.block import Block
 from streamlens.errors import MissingDataError
-
-Ints = NDArray[np.int64]
 
 PENALTIES = np.logspace(-2, 4, 7)
 """Ridge penalties to choose from, for standardised features."""
@@ -27,25 +27,20 @@ TEST_SHARE, FOLDS, FEWEST_GROUPS = 0.25, 3, 6
 
 @dataclass
 class Sample:
-    """Which tokens are looked at: some positions of some windows, drawn anew from the seed for each window.
+    """Which tokens are looked at: some positions of each window, drawn anew from the seed for each.
 
     Args:
         positions: how many positions of each window there are to choose from, from 0.
-        windows: how many windows there will be; the sample is spread over all of them.
-        documents: how many of them to take, at most.
-        tokens: how many positions of each.
+        tokens: how many of them to take.
         first: the first position that may be taken.
         seed: of the choice.
     """
 
     positions: int
-    windows: int
-    documents: int
     tokens: int
     first: int = 1
     seed: int = 0
     seen: int = 0
-    taken: int = 0
     labels: list[tuple[Ints, Ints, Ints, Ints]] = field(default_factory=list)
     """For each block: position, token id, document and window of each token."""
 
@@ -55,16 +50,12 @@ class Sample:
         Raises:
             MissingDataError: some positions were left out of the capture.
         """
-        rectangle = Rectangle.of(block, self.positions)
-        stride = max(1, self.windows // self.documents)
         chosen: list[Tensor] = []
         windows: list[int] = []
-        for row in rectangle.rows:
-            if self.seen % stride == 0 and self.taken < self.documents:
-                drawn = np.random.default_rng([self.seed, self.seen]).permutation(self.positions - self.first)
-                chosen.append(row[torch.from_numpy(np.sort(drawn[: self.tokens])) + self.first])
-                windows += [self.seen] * len(chosen[-1])
-                self.taken += 1
+        for row in Rectangle.of(block, self.positions).rows:
+            drawn = np.random.default_rng([self.seed, self.seen]).permutation(self.positions - self.first)
+            chosen.append(row[torch.from_numpy(np.sort(drawn[: self.tokens])) + self.first])
+            windows += [self.seen] * len(chosen[-1])
             self.seen += 1
         rows = torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.int64)
         own = (block.position[rows], block.ids[rows], block.doc[rows], torch.tensor(windows))
@@ -94,6 +85,26 @@ class Sample:
     def groups(self) -> Ints:
         """(sample,) what is never on both sides of a split: the document, or the window where documents are few."""
         return self.column(2 if self.by_document else 3)
+
+
+def sample_of(
+    source: Source, positions: int | None, *, documents: int, tokens: int, include_first: bool, seed: int
+) -> tuple[Source, Sample]:
+    """Return a source of some windows, spread over all of another, and the plan of what is looked at in them.
+
+    Args:
+        source: all windows.
+        positions: how many positions of each, from 0; by default so many as half of them have, at most 128.
+        documents: how many windows, at most.
+        tokens: how many positions of each.
+        include_first: whether position 0 may be among them.
+        seed: of the choice of positions.
+
+    Raises:
+        MissingDataError: no window has so many positions.
+    """
+    count = usual_length(source, MOST_POSITIONS) if positions is None else positions
+    return sampled(source, documents, least=count), Sample(count, tokens, 0 if include_first else 1, seed)
 
 
 @dataclass(frozen=True)
@@ -178,3 +189,18 @@ def _path(x: NDArray[np.float32], y: Floats, penalties: Floats) -> Floats:
     strength, basis = np.linalg.eigh(wide @ wide.T)
     rotated = basis.T @ y
     return np.stack([wide.T @ (basis @ (rotated / (strength + p)[:, None])) for p in penalties])
+
+
+def r_squared(truth: Floats, guess: Floats) -> float:
+    """Return the share of the variance of the truth that is explained; NaN where it does not vary."""
+    spread = float(((truth - truth.mean()) ** 2).sum()) if len(truth) else 0.0
+    return 1 - float(((truth - guess) ** 2).sum()) / spread if spread else float("nan")
+
+
+def score(truth: Floats, guess: Floats, groups: Ints) -> tuple[float, float, float]:
+    """Return R^2 with the ends of its 95 % interval, by bootstrap over the groups."""
+    _, place = np.unique(groups, return_inverse=True)
+    error = np.bincount(place, (truth - guess) ** 2).astype(np.float64)
+    spread = np.bincount(place, (truth - truth.mean()) ** 2).astype(np.float64)
+    missed = bootstrap(error, spread)
+    return 1 - missed.mean, 1 - missed.high, 1 - missed.low

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from streamlens.analyses.frozen import FrozenNorm, stream_norms
+from streamlens.analyses.sampling import Ints, usual_length, window_documents, window_lengths
 from streamlens.analyses.source import Source
+from streamlens.analyses.statistics import FEW_DOCUMENTS
 from streamlens.analyses.transport import BIAS, Factors, Summand, factors_of, transported
 from streamlens.anatomy import Stream
 from streamlens.block import Block
@@ -28,6 +30,9 @@ MOST_POSITIONS = 128
 
 WHOLE_WIDTH, SKETCH_WIDTH = 256, 64
 """Up to the first, a d_model x d_model matrix is kept whole; above it, its product with so many random columns."""
+
+FOLDS = 16
+"""Into so many groups the documents are put, one of which is left out at a time; with few documents, windows are."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,33 @@ class Rectangle:
         return tensor[self.rows.to(tensor.device)]
 
 
+@dataclass(frozen=True)
+class Folds:
+    """In which group of documents each window of a source is: neighbours are together, windows of a document always."""
+
+    starts: Ints
+    """(window,) first token."""
+    numbers: Ints
+    """(window,) group, below `FOLDS`."""
+
+    @classmethod
+    def of(cls, source: Source) -> Folds:
+        """Put the documents of a source into groups of equal size, or its windows where there are few documents."""
+        lengths, documents = window_lengths(source), window_documents(source)
+        changes = np.flatnonzero(np.diff(documents)) + 1
+        if len(changes) + 1 >= FEW_DOCUMENTS:
+            unit = np.searchsorted(changes, np.arange(len(lengths)), side="right")
+        else:
+            unit = np.arange(len(lengths))
+        units = int(unit.max(initial=0)) + 1
+        return cls(np.cumsum(lengths) - lengths, unit * min(FOLDS, units) // units)
+
+    def within(self, block: Block, rectangle: Rectangle) -> Tensor:
+        """Return (doc,) the group of each document that is looked at."""
+        first = block.start + rectangle.rows[:, 0].numpy()
+        return torch.from_numpy(self.numbers[np.searchsorted(self.starts, first, side="right") - 1])
+
+
 class PositionSums:
     """The running sums of one stream.
 
@@ -79,6 +111,7 @@ class PositionSums:
         factors: the factors on its sums (`factors_of`).
         origins: whether to follow the terms of each state, too; without it only states are read.
         states: which states to look at; by default all.
+        bands: whether to keep what is asked of the unchanged model alone: null bands, origins, the positional subspace.
     """
 
     def __init__(
@@ -91,11 +124,14 @@ class PositionSums:
         factors: Factors | None = None,
         origins: bool = True,
         states: Sequence[int] | None = None,
+        bands: bool = True,
     ) -> None:
         """Start at nothing."""
-        self.stream, self.positions, self.first = stream, positions, first
+        self.stream, self.positions, self.first, self.bands = stream, positions, first, bands
         self.states = tuple(range(len(stream.steps) + 1) if states is None else states)
-        self.docs = self.left_out = 0
+        self.left_out = 0
+        self.fold_docs = torch.zeros(FOLDS, dtype=torch.float64)
+        """(fold,) documents in each group."""
         self.sums: dict[int, Tensor] = {}
         """By state: (position, d_model) sum over documents."""
         self.squares: dict[int, Tensor] = {}
@@ -108,14 +144,28 @@ class PositionSums:
         """By state: (d_model, sketch) sum of the outer products of what is left without the document's mean."""
         self.own_scatter: dict[int, Tensor] = {}
         """By state: sum over documents of the squared Frobenius norm of its own scatter."""
+        self.fold_parts: dict[int, Tensor] = {}
+        """By state: (fold, position, sketch) sum of what is left without the document's mean, sketched."""
+        self.fold_squares: dict[int, Tensor] = {}
+        """By state: (fold, 3) sums of squared norms: of the sketch, of what is sketched, of the documents' means."""
+        self.fold_means: dict[int, Tensor] = {}
+        """By state: (fold, d_model) sum of the documents' means."""
+        self.halves: dict[int, Tensor] = {}
+        """By state: (position, d_model) sum over the documents of the even folds; only with `bands`."""
         self.terms: dict[tuple[int, int], Tensor] = {}
-        """By state and term: (position, d_model) sum over documents; only where the term is not what it was."""
+        """By state and term: (2, position, d_model) sum over documents, and over those of the even folds; only where
+        the term is not what it was."""
         self.fixed: dict[int, Tensor | None] = {}
         """By embedding part: its (position, d_model) as long as it is the same in all documents, else None."""
         self._norms, self._factors, self._origins = norms or {}, factors, origins
         self.term_names = _term_names(stream, bool(self._norms))
 
-    def update(self, block: Block) -> None:
+    @property
+    def docs(self) -> int:
+        """Documents so far."""
+        return int(self.fold_docs.sum())
+
+    def update(self, block: Block, folds: Folds) -> None:
         """Fold the tokens of a block in.
 
         Raises:
@@ -125,41 +175,60 @@ class PositionSums:
         self.left_out += rectangle.left_out
         if not len(rectangle.rows):
             return
-        self.docs += len(rectangle.rows)
+        fold = folds.within(block, rectangle)
+        self.count(fold)
         for index in self.states:
-            self.add_state(index, rectangle.take(block.states[index]))
+            self.add_state(index, rectangle.take(block.states[index]), fold)
         if self._origins:
-            self._add_terms(block, rectangle)
+            self._add_terms(block, rectangle, fold)
 
-    def add_state(self, index: int, state: Tensor) -> None:
-        """Fold in one state of some documents, (doc, position, d_model); `docs` is the caller's to count."""
-        wide = state.double()
-        counted = wide[:, self.first :]
+    def count(self, fold: Tensor) -> None:
+        """Count documents, (doc,) the group of each: once, before or after their states are added."""
+        self.fold_docs += torch.bincount(fold, minlength=FOLDS).double()
+
+    def add_state(self, index: int, state: Tensor, fold: Tensor) -> None:
+        """Fold in one state of some documents, (doc, position, d_model); `count` is the caller's to call.
+
+        Args:
+            index: which state.
+            state: its values, any float dtype.
+            fold: (doc,) int64 the group of each document.
+        """
+        wide = doubled(state)
+        counted, fold = wide[:, self.first :], fold.to(wide.device)
         doc_sums = torch.stack([counted.sum(1), wide.sum(1)])
         mean = doc_sums[0] / counted.shape[1]
         rest = (counted - mean[:, None]).float()
-        sketch = _sketch(wide.shape[-1], wide.device)
-        gram = rest @ rest.mT
-        flat = rest.flatten(0, 1)
+        sketch = sketch_of(wide.shape[-1], wide.device)
+        narrow = rest @ sketch.float()
         _add(self.sums, index, wide.sum(0))
         _add(self.squares, index, wide.square().sum((0, 2)))
         _add(self.doc_squares, index, doc_sums.square().sum((1, 2)))
-        _add(self.doc_products, index, mean.T @ (mean @ sketch))
-        _add(self.scatter, index, (flat.T @ (flat @ sketch.float())).double())
-        _add(self.own_scatter, index, gram.square().sum(dtype=torch.float64))
+        _add(self.fold_parts, index, _by_fold(fold, narrow.double()))
+        _add(self.fold_means, index, _by_fold(fold, mean))
+        squares = [each.square().flatten(1).sum(1, dtype=torch.float64) for each in (narrow, rest, mean)]
+        _add(self.fold_squares, index, _by_fold(fold, torch.stack(squares, dim=1)))
+        if self.bands:
+            _add(self.halves, index, wide[fold % 2 == 0].sum(0))
+            _add(self.doc_products, index, mean.T @ (mean @ sketch))
+            _add(self.scatter, index, (rest.flatten(0, 1).T @ narrow.flatten(0, 1)).double())
+            _add(self.own_scatter, index, (rest @ rest.mT).square().sum(dtype=torch.float64))
 
     def merge(self, other: PositionSums) -> None:
         """Fold another partial result in."""
-        self.docs += other.docs
+        self.fold_docs += other.fold_docs
         self.left_out += other.left_out
-        for name in ("sums", "squares", "doc_squares", "doc_products", "scatter", "own_scatter", "terms"):
+        for name in _TABLES:
             for key, value in getattr(other, name).items():
                 _add(getattr(self, name), key, value)
         for part, table in other.fixed.items():
             self._agree(part, table)
 
     def term(self, state: int, term: int) -> Tensor | None:
-        """Return (position, d_model) the sum over documents of a term of a state; None where it is not in it yet."""
+        """Return (2, position, d_model) a term of a state, summed over all documents and over those of the even folds.
+
+        None where it is not in the state yet.
+        """
         for index in range(state, -1, -1):
             if (index, term) in self.terms:
                 return self.terms[index, term]
@@ -169,7 +238,7 @@ class PositionSums:
         """Return the embedding parts that depend on the position alone."""
         return [i for i, table in self.fixed.items() if table is not None and not bool((table == table[:1]).all())]
 
-    def _add_terms(self, block: Block, rectangle: Rectangle) -> None:
+    def _add_terms(self, block: Block, rectangle: Rectangle, fold: Tensor) -> None:
         for i in range(len(self.stream.parts)):
             if self.fixed.get(i, torch.zeros(0)) is not None:
                 part = rectangle.take(block.parts[i])
@@ -179,13 +248,43 @@ class PositionSums:
         for state, summands in enumerate(walk):
             for term, vectors in enumerate(_grouped(summands, bool(self._norms))):
                 if before.get(term) is not vectors:
-                    _add(self.terms, (state, term), rectangle.take(vectors).sum(0, dtype=torch.float64))
+                    taken = rectangle.take(vectors)
+                    even = taken[(fold % 2 == 0).to(taken.device)]
+                    _add(
+                        self.terms, (state, term), torch.stack([doubled(each.float()).sum(0) for each in (taken, even)])
+                    )
                 before[term] = vectors
 
     def _agree(self, part: int, table: Tensor | None) -> None:
         known = self.fixed.get(part, table)
         same = known is not None and table is not None and torch.equal(known, table)
         self.fixed[part] = known if same else None
+
+
+_TABLES = (
+    "sums",
+    "squares",
+    "doc_squares",
+    "doc_products",
+    "scatter",
+    "own_scatter",
+    "fold_parts",
+    "fold_squares",
+    "fold_means",
+    "halves",
+    "terms",
+)
+
+
+def doubled(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU where the device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def _by_fold(fold: Tensor, values: Tensor) -> Tensor:
+    """(fold, ...) sums over the documents of each group, from (doc, ...)."""
+    empty = torch.zeros(FOLDS, *values.shape[1:], dtype=values.dtype, device=values.device)
+    return empty.index_add_(0, fold, values)
 
 
 def _term_names(stream: Stream, normed: bool) -> tuple[tuple[str, str], ...]:
@@ -224,48 +323,13 @@ def _add(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
 
 
 @lru_cache(maxsize=4)
-def _sketch(d_model: int, device: torch.device) -> Tensor:
+def sketch_of(d_model: int, device: torch.device) -> Tensor:
     """(d_model, sketch) float64: the identity, or a random matrix R with E[R R^T] = 1, always the same one."""
     if d_model <= WHOLE_WIDTH:
         return torch.eye(d_model, dtype=torch.float64, device=device)
     seeded = torch.Generator().manual_seed(0)
     drawn: Tensor = torch.randn(d_model, SKETCH_WIDTH, generator=seeded, dtype=torch.float64) / SKETCH_WIDTH**0.5
     return drawn.to(device)
-
-
-@dataclass(frozen=True)
-class Split:
-    """How the energy of one state splits; the four add up to the sum of its squares."""
-
-    mean: float
-    position: float
-    context: float
-    rest: float
-    docs: int
-    positions: int
-    parts: Tensor
-    """(position, d_model) float64 the positional part of the state."""
-
-    @property
-    def total(self) -> float:
-        """What is split without the mean."""
-        return self.position + self.context + self.rest
-
-    @property
-    def raw_share(self) -> float:
-        """Share of the positional part, as it is."""
-        return self.position / self.total if self.total else float("nan")
-
-    @property
-    def share(self) -> float:
-        """Share of the positional part without what the average over finitely many documents adds to it."""
-        excess = self.rest / (self.docs - 1)
-        return (self.position - excess) / self.total if self.total else float("nan")
-
-    @property
-    def f_ratio(self) -> float:
-        """Mean square between positions over mean square of the rest."""
-        return self.position * (self.docs - 1) / self.rest if self.rest > 0 else float("nan")
 
 
 def sums_of(
@@ -281,96 +345,25 @@ def sums_of(
     Args:
         source: where the blocks come from.
         blocks: its blocks, behind a progress bar perhaps.
-        positions: how many positions of each document; by default those of the first document, at most 128.
+        positions: how many positions of each document; by default so many as half of them have, at most 128.
         include_first: whether position 0 counts in the headline numbers.
         origins: whether to follow the terms of each state, too.
 
     Raises:
         MissingDataError: no document is long enough, or something was left out of the capture.
     """
-    norms = stream_norms(source.stream, source.parameters) if origins else {}
-    factors = factors_of(source.stream, source.parameters) if origins else None
-    found: PositionSums | None = None
+    count = usual_length(source, MOST_POSITIONS) if positions is None else positions
+    found = PositionSums(
+        source.stream,
+        count,
+        first=0 if include_first else 1,
+        norms=stream_norms(source.stream, source.parameters) if origins else {},
+        factors=factors_of(source.stream, source.parameters) if origins else None,
+        origins=origins,
+    )
+    folds = Folds.of(source)
     for block in blocks:
-        if found is None:
-            count = min(MOST_POSITIONS, first_length(block)) if positions is None else positions
-            first = 0 if include_first else 1
-            found = PositionSums(source.stream, count, first=first, norms=norms, factors=factors, origins=origins)
-        found.update(block)
-    if found is None or not found.docs:
-        raise MissingDataError(
-            f"no document or window of {source.description} has {positions} positions: ask for fewer"
-        )
+        found.update(block, folds)
+    if not found.docs:
+        raise MissingDataError(f"no document or window of {source.description} has {count} positions: ask for fewer")
     return found
-
-
-def first_length(block: Block) -> int:
-    """Return how many tokens the first document or window of a block has."""
-    ends = torch.nonzero(block.position[1:] <= block.position[:-1])
-    return int(ends[0]) + 1 if len(ends) else len(block.position)
-
-
-def split(sums: PositionSums, state: int, first: int | None = None) -> Split:
-    """Return the energies of a state (two-way analysis of variance).
-
-    Args:
-        sums: what was added up.
-        state: which state.
-        first: the first position that counts; by default that of the sums.
-
-    Raises:
-        MissingDataError: fewer than two documents or positions.
-    """
-    start = sums.first if first is None else first
-    docs, count = sums.docs, sums.positions - start
-    if docs < 2 or count < 2:
-        raise MissingDataError(
-            f"the positional part is an average over documents: {docs} documents with {count} positions that count are "
-            "too few. Use more text, or shorter windows"
-        )
-    table = sums.sums[state][start:] / docs
-    mean = table.mean(0)
-    parts = table - mean
-    energy = docs * count * float(mean.square().sum())
-    position = docs * float(parts.square().sum())
-    context = float(sums.doc_squares[state][0 if start == sums.first else 1]) / count - energy
-    rest = float(sums.squares[state][start:].sum()) - energy - position - context
-    return Split(energy, position, max(context, 0.0), max(rest, 0.0), docs, count, parts)
-
-
-def null_band(sums: PositionSums, state: int, own: Split, share: float = 0.95) -> tuple[float, float]:
-    """Return the central interval of `Split.share` if each document's positions stood in random order.
-
-    Under random permutations within each document, the mean and the variance of the positional energy follow exactly
-    from the scatter matrices of the documents (the permuted sums of Hoeffding 1951). The quantiles are those of the
-    gamma distribution with these two moments, by the cube-root approximation of Wilson and Hilferty (1931). In a
-    stream wider than `WHOLE_WIDTH` the variance comes from a sketch, which may change the width of the band by a tenth.
-    """
-    within = own.position + own.rest
-    mean = within / own.docs
-    pairs = float(sums.scatter[state].square().sum() - sums.own_scatter[state])
-    variance = max(2 * pairs / (own.docs**2 * (own.positions - 1)), 0.0)
-    if not variance or not own.total:
-        return 0.0, 0.0
-    spread = variance / (9 * mean**2)
-    bounds = []
-    for tail in ((1 - share) / 2, (1 + share) / 2):
-        energy = mean * max(1 - spread + NormalDist().inv_cdf(tail) * spread**0.5, 0.0) ** 3
-        bounds.append((own.docs * energy - within) / ((own.docs - 1) * own.total))
-    return bounds[0], bounds[1]
-
-
-def relative_norm(sums: PositionSums, state: int, own: Split) -> float:
-    """Return ||P||_2 / ||M||_2 of Song & Zhong (2023): P the positional part, M all but the rest, spectral norms.
-
-    M has a row for each document and position; its Gram matrix is docs * P^T P plus positions * (the sum of the outer
-    products of the documents' means), the latter from a sketch (Nystroem) in a wide stream.
-    """
-    product = sums.doc_products[state]
-    sketch = _sketch(product.shape[0], product.device)
-    core, basis = torch.linalg.eigh(sketch.T @ product)
-    kept = core > core[-1] * 1e-12
-    root = (product @ basis[:, kept]) * core[kept].rsqrt()
-    position = own.parts * own.docs**0.5
-    both = torch.cat([position, root.T * own.positions**0.5])
-    return float(torch.linalg.matrix_norm(position, 2) / torch.linalg.matrix_norm(both, 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from streamlens.analyses.ablation.runs import Runs, Setting
 from streamlens.analyses.ablation.trials import Score
 from streamlens.analyses.position.sample import Sample
-from streamlens.analyses.position.sums import MOST_POSITIONS, PositionSums, Rectangle, first_length
+from streamlens.analyses.position.sums import Folds, PositionSums, Rectangle, doubled
 from streamlens.analyses.source import Source
 from streamlens.analyses.statistics import Floats
 from streamlens.analyses.transport import Factors, factors_of, times
@@ -49,10 +49,10 @@ class Lesion:
             return (1.0 - self.alpha) * state
         assert self.mean is not None, "a selective lesion has a subspace"
         assert self.basis is not None, "a selective lesion has a subspace"
-        basis = self.basis.to(state.device)
-        around = state.double() - self.mean.to(state.device)
+        basis = self.basis.to(doubled(state[:0]).device)
+        around = doubled(state) - self.mean.to(basis.device)
         lost = around @ basis @ basis.T * self.factor
-        return lost.to(state.dtype)
+        return lost.to(state.device, state.dtype)
 
 
 @dataclass
@@ -60,28 +60,20 @@ class Tokens:
     """The tokens that the probes see, and the states there that are carried by the skips in question."""
 
     steps: Sequence[int]
-    documents: int
-    tokens: int
-    positions: int | None
-    first: int
-    seed: int
-    labels: Sample = field(init=False)
+    labels: Sample
     rows: dict[int, Tensor] = field(default_factory=dict)
     """By the first token of the block."""
     states: dict[int, list[Tensor]] = field(default_factory=dict)
     """By step: (sample, d_model) of each block."""
 
-    def tapped(self, blocks: Iterator[Block]) -> Iterator[Block]:
+    def tapped(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """Hand blocks on and keep the sample."""
         for block in blocks:
-            if not self.rows:
-                count = min(MOST_POSITIONS, first_length(block)) if self.positions is None else self.positions
-                self.labels = Sample(count, self.documents, self.documents, self.tokens, self.first, self.seed)
             rows = self.labels.rows(block)
             self.rows[block.start] = rows
             for step in self.steps:
                 state = block.states[step]
-                self.states.setdefault(step, []).append(state[rows.to(state.device)].double())
+                self.states.setdefault(step, []).append(doubled(state[rows.to(state.device)]))
             yield block
 
 
@@ -111,21 +103,26 @@ class Theatre:
     """(lesion, 2) sum of the squared norms of what was removed, and number of tokens."""
     sums: list[PositionSums] = field(init=False)
     factors: Factors = field(init=False)
+    rounding: Floats = field(init=False)
+    """(lesion,) largest relative error of the damaged sum from rounding, in a model below 32 bits; else 0."""
 
     def __post_init__(self) -> None:
         stream, last = self.source.stream, len(self.source.stream.steps)
-        shape = {"first": self.base.first, "origins": False}
+        shape = {"first": self.base.first, "origins": False, "bands": False}
         self.sums = [
             PositionSums(stream, self.base.positions, states=range(x.step + 1, last + 1), **shape)  # type: ignore[arg-type]
             for x in self.lesions
         ]
         self.factors = factors_of(stream, self.source.parameters)
         self.last = last
+        self.folds = Folds.of(self.source)
+        self.rounding = np.zeros(len(self.lesions))
         self.energy = np.zeros((len(self.lesions), 2))
 
     def prepare(self, block: Block) -> None:
         """Take what is needed of the unchanged states."""
         self._rectangle = Rectangle.of(block, self.base.positions)
+        self._fold = self.folds.within(block, self._rectangle)
         self._rows = self.sample.rows[block.start]
         for k in {x.step + 1 for x in self.lesions} | {self.last}:
             self._keep(-1, k, block.states[k])
@@ -136,27 +133,41 @@ class Theatre:
             state = runs.state(lesion.step)
             removed = self._removed(number, lesion, state)
             stream = self.source.stream
-            own = removed.transpose(0, 1) if stream.position_first else removed
             first = stream.steps[lesion.step].sublayers[0]
-
-            def change(write: Tensor, own: Tensor = own) -> Tensor:
-                return write - own.reshape(write.shape)
+            change = self._change(
+                number, *(x.transpose(0, 1) if stream.position_first else x for x in (removed, state))
+            )
 
             def receive(index: int, flat: Tensor, number: int = number) -> None:
-                self.sums[number].add_state(index, self._rectangle.take(flat))
+                self.sums[number].add_state(index, self._rectangle.take(flat), self._fold)
                 self._keep(number, index, flat)
 
             watcher = _Watcher(stream.name, lesion.step, runs.shape, receive)
             with observing(self.setting.module, self.setting.anatomy, watcher):
                 output = runs.finish(lesion.step, state, {first: change})
-            self.sums[number].docs += len(self._rectangle.rows)
+            self.sums[number].count(self._fold)
             score(number, output)
+
+    def _change(self, number: int, removed: Tensor, state: Tensor) -> Callable[[Tensor], Tensor]:
+        """The edit of a write that takes from the sum what the skip shall lose: the model adds the whole skip to it."""
+
+        def change(write: Tensor) -> Tensor:
+            own = removed.reshape(write.shape)
+            changed = write - own
+            if write.dtype.itemsize < 4:
+                exact = write.float() - own.float()
+                whole = exact + state.reshape(write.shape).float()
+                error = float((changed.float() - exact).norm() / whole.norm())
+                self.rounding[number] = max(self.rounding[number], error)
+            return changed
+
+        return change
 
     def _removed(self, number: int, lesion: Lesion, state: Tensor) -> Tensor:
         removed = lesion.removed(state)
         if self.setting.protect_first:
             removed = torch.cat([torch.zeros_like(removed[:, :1]), removed[:, 1:]], dim=1)
-        counted = removed[:, self.base.first :].double()
+        counted = doubled(removed[:, self.base.first :])
         self.energy[number] += np.array([float(counted.square().sum()), counted.numel() / counted.shape[-1]])
         first = self.source.stream.steps[lesion.step].sublayers[0]
         # It is taken from a write, which may have a factor of its own.
