@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import streamlens as sl
 from fixtures import zoo
 from streamlens.analyses.lens.head import NEAREST, OWN, Head, LinearHead, WholeHead, head_of, tolerance
 from streamlens.analyses.source import Source, source_of
+from streamlens.analyses.unembedding import Unembedding
 from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.edits import run_from
@@ -170,3 +173,73 @@ def test_a_capture_of_some_positions_is_enough_to_find_the_head(tmp_path: Any) -
 
         source = source_of(capture, model=load(found.module))
         assert head_of(source, next(source.blocks())).description == OWN
+
+
+# ---- the way to the logits as an affine map -------------------------------------------------------------------------
+
+HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "filled": lambda h, u: (h @ u).masked_fill(torch.arange(u.shape[1]) > 19, -torch.inf),
+    "added": lambda h, u: h @ u + torch.where(torch.arange(u.shape[1]) > 19, -torch.inf, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", list(HIDDEN))
+def test_hidden_entries_do_not_count_in_attributions(name: str) -> None:
+    """Against the logits that can be seen, and their mean over the entries that can be seen."""
+    model = _Odd(HIDDEN[name]).eval()
+    source = source_of(model, inputs=torch.arange(22).reshape(2, 11) % 20)
+    block = next(source.blocks())
+    targets = torch.arange(22) * 3 % 20
+    unembedding = Unembedding(source)
+    with torch.no_grad():
+        logits = model(torch.arange(22).reshape(2, 11) % 20).flatten(0, 1)[:, :20]
+    own = logits.gather(-1, targets[:, None])[:, 0]
+    for centred, truth in ((False, own), (True, own - logits.mean(-1))):
+        along = unembedding.directions(block, targets, centred=centred)
+        found = (along * block.states[-1]).sum(-1) + unembedding.constant(block, targets, centred=centred)
+        shift = 0.5 if name == "added" and not centred else 0.0  # behind what is not affine, so left out as a cap is
+        torch.testing.assert_close(found + shift, truth, rtol=1e-5, atol=1e-5)
+    found_effects = sl.effects(source, progress=False).means
+    parts = found_effects["direct"] + found_effects["indirect"] + found_effects["norm"]
+    assert parts == pytest.approx(found_effects["total"], abs=1e-5)
+    result = sl.contribution_norms(source, logits=True, progress=False)
+    assert bool(torch.as_tensor(result.column("logit_attribution"))[: len(block.parts)].isfinite().all())
+
+
+def test_a_hidden_layer_in_the_head_is_refused() -> None:
+    model = _Odd(lambda h, u: torch.relu(h) @ u).eval()
+    with pytest.raises(MissingDataError, match="not linear behind its norm"):
+        Unembedding(source_of(model, inputs=torch.arange(22).reshape(2, 11)))
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(made, Tensor):
+                self.largest = max(self.largest, made.numel())
+        return result
+
+
+def test_attribution_makes_no_tensor_of_tokens_times_vocabulary() -> None:
+    model = _Odd(lambda h, u: h @ u).eval()
+    model.unembed = nn.Parameter(torch.randn(8, 9000))
+    source = source_of(model, inputs=torch.arange(1024).reshape(4, 256) % 23)
+    block = next(source.blocks())
+    targets = torch.arange(1024) % 9000
+    unembedding = Unembedding(source)
+    with _Largest() as seen:
+        unembedding.directions(block, targets)
+        unembedding.constant(block, targets)
+        unembedding.target_logit(block.states[-1], targets)
+    assert seen.largest <= 9000 * 8
+    with torch.no_grad():
+        logits = model(torch.arange(1024).reshape(4, 256) % 23).flatten(0, 1)
+    along = unembedding.directions(block, targets)
+    found = (along * block.states[-1]).sum(-1) + unembedding.constant(block, targets)
+    truth = logits.gather(-1, targets[:, None])[:, 0] - logits.mean(-1)
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
