@@ -24,9 +24,12 @@ PLACEMENT = {"post_norm": "post"}
 PARTS = {"rope": ("embed",), "nope": ("embed",)}
 
 
+EVERY = [(name, seed) for name in witnesses.names() for seed in witnesses.seeds(name)]
+
+
 @cache
-def trained(name: str) -> Witness:
-    return witnesses.trained(name).requires_grad_(False)
+def trained(name: str, seed: int = 0) -> Witness:
+    return witnesses.trained(name, seed).requires_grad_(False)
 
 
 @cache
@@ -80,11 +83,13 @@ def test_no_skip_has_no_stream() -> None:
         sl.discover(trained("no_skip"), held_out()[:34].view(2, 17))
 
 
-@pytest.mark.parametrize("name", witnesses.names())
-def test_the_recorded_loss_is_found_again(name: str) -> None:
+@pytest.mark.parametrize(("name", "seed"), EVERY)
+def test_the_recorded_loss_is_found_again(name: str, seed: int) -> None:
     """Some slack, because the text differs from one Python version to the next and this is a part of it."""
-    record = json.loads((witnesses.FOLDER / RECORD).read_text())[name]["nats_per_byte"]
-    loss = loss_without(trained(name), None)
+    found = json.loads((witnesses.FOLDER / RECORD).read_text())[witnesses.stem(name, seed)]
+    record = found["nats_per_byte"]
+    loss = loss_without(trained(name, seed), None)
+    assert (found["seed"], found["steps"]) == (seed, 1500)
     assert abs(loss - record["held_out"]) < 0.15
     assert loss < 2.5 < record["untrained"]
 
@@ -102,9 +107,21 @@ def test_every_way_to_load_gives_the_same_model(name: str) -> None:
     assert not ours.module.training
 
 
+def test_every_file_is_a_witness_of_another_seed() -> None:
+    stems = [witnesses.stem(name, seed) for name, seed in EVERY]
+    assert sorted(path.stem for path in witnesses.FOLDER.glob("*.pt")) == sorted(stems)
+    for name, seed in EVERY:
+        assert witnesses.model(name, seed).source == f"fixtures.witnesses:{witnesses.stem(name, seed)}"
+        if seed:
+            assert shapes(trained(name, seed)) == shapes(trained(name))
+            assert len(differences(trained(name, seed), trained(name))) == len(trained(name).state_dict())
+
+
 def test_a_name_that_is_none() -> None:
     with pytest.raises(KeyError):
         witnesses.trained("../model")
+    with pytest.raises(KeyError):
+        witnesses.trained("rope", 9)
     with pytest.raises(ValueError, match="no additions"):
         Witness(WitnessConfig(skip=False, norm="post"))
 
@@ -212,15 +229,17 @@ def test_training_gives_the_same_bits_again(name: str) -> None:
 
 
 def test_the_program_writes_what_the_factories_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["train_witnesses", "--only", "nope", "--steps", "1", "--out", str(tmp_path)])
     threads = torch.get_num_threads()
-    main()
+    for seed in ("2", "0"):
+        options = ["--only", "nope", "--steps", "1", "--seed", seed, "--out", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", ["train_witnesses", *options])
+        main()
     torch.set_num_threads(threads)
-    made = witnesses.read(tmp_path / "nope.pt")
-    assert made.config == witnesses.CONFIGS["nope"]
-    (found,) = json.loads((tmp_path / RECORD).read_text()).items()
-    assert found[0] == "nope"
-    assert (found[1]["steps"], found[1]["seed"]) == (1, 0)
+    record = json.loads((tmp_path / RECORD).read_text())
+    assert list(record) == ["nope", "nope.2"]
+    for name, found in record.items():
+        assert witnesses.read(tmp_path / f"{name}.pt").config == witnesses.CONFIGS["nope"]
+        assert (found["steps"], found["seed"]) == (1, 2 if name == "nope.2" else 0)
 
 
 def test_a_factory_brings_its_tokenizer() -> None:
