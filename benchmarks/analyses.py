@@ -143,14 +143,29 @@ def races(folder: Path, tokens: int) -> list[Race]:
     ]
 
 
-MEMORY: Mapping[str, Callable[..., object]] = {
-    "norms": sl.contribution_norms,
-    "lens": partial(sl.logit_lens, grid=False),
-    "ablate": lambda path, **options: sl.ablate(path, 3, **options),
-    "position": sl.positional_persistence,
-    "gradient": sl.gradient_flow,
+@dataclass(frozen=True)
+class Kept:
+    """An analysis whose peak memory is measured at two sizes, the larger ten times the smaller."""
+
+    run: Callable[..., object]
+    tokens: int = 4096
+    """The smaller size; less where every token costs many passes."""
+
+
+MEMORY: Mapping[str, Kept] = {
+    "norms": Kept(sl.contribution_norms),
+    "lens": Kept(partial(sl.logit_lens, grid=False)),
+    "write lens": Kept(sl.write_lens),
+    "ablate": Kept(lambda path, **options: sl.ablate(path, 3, **options)),
+    "pairs": Kept(sl.ablate_pairs, 1024),
+    "effects": Kept(partial(sl.effects, units="layers"), 1024),
+    "position": Kept(sl.positional_persistence),
+    "probes": Kept(sl.position_probes),
+    "lesion": Kept(partial(sl.position_lesion, alphas=(1.0, 0.0))),
+    "gradient": Kept(partial(sl.gradient_flow, sequences=None), 1024),
+    "paths": Kept(partial(sl.path_spectrum, max_length=4, sequences=None), 1024),
 }
-"""What is measured at two sizes, on the small trained model."""
+"""What is measured, on the small trained model. Both analyses of the gradient run all windows here."""
 
 
 class _Job:
@@ -159,7 +174,7 @@ class _Job:
     reference = ""
 
     def __init__(self, name: str, path: Path) -> None:
-        self._run = partial(MEMORY[name], path, progress=False)
+        self._run = partial(MEMORY[name].run, path, progress=False)
 
     def run(self, path: Path) -> None:
         """Run it."""
@@ -182,7 +197,7 @@ def measure_memory(name: str, folder: Path, tokens: int) -> None:
     """Print the peak memory of one analysis in this process, above what a run on a few tokens needs."""
     small, path = folder / "tiny.h5", folder / f"{tokens}.h5"
     model = Path(__file__).parents[1] / "fixtures" / "model.pt"
-    for out, count in ((small, 2048), (path, tokens)):
+    for out, count in ((small, min(2048, tokens // 2)), (path, tokens)):
         sl.capture(model, out=out, max_tokens=count, progress=False).close()
     _Job(name, small).run(small)  # loads what is imported once
     print(measure_here(_Job(name, path), path, tokens).to_json())
@@ -219,9 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 flush=True,
             )
         for name in MEMORY if options.memory else ():
-            few, many = (memory_of(name, folder, count) for count in (4096, 40_960))
+            counts = MEMORY[name].tokens, 10 * MEMORY[name].tokens
+            few, many = (memory_of(name, folder, count) / 2**20 for count in counts)
             print(
-                f"memory {name:10s} {few / 2**20:.1f} MiB with 4,096 tokens, {many / 2**20:.1f} with 40,960", flush=True
+                f"memory {name:10s} {few:.1f} MiB with {counts[0]:,} tokens, {many:.1f} with {counts[1]:,}", flush=True
             )
 
 
