@@ -72,10 +72,9 @@ def draw_sweep(found: AblationResult, ax: Axes | None = None) -> Axes:
     drawn.axhline(0.0, color=PALETTE["norm"], linewidth=0.8, zorder=0)
     _spread(drawn, [mean[i] for i, _ in single])
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(series) > 3:
-        # Beside the axes: six series leave no room between them.
-        drawn.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
-    return finish(drawn, x="layer", y=SCORES[head], title=f"{found.title}{_agreement(found)}")
+    if len(series) > 3 or len(modes) > 1:
+        _legend_beside(drawn)
+    return finish(drawn, x=f"layer{_agreement(found)}", y=SCORES[head], title=found.title)
 
 
 def _agreement(found: AblationResult) -> str:
@@ -83,7 +82,12 @@ def _agreement(found: AblationResult) -> str:
     rows = [row for row in found.correlations() if np.isfinite(row["spearman"])]
     rows = [row for row in rows if (row["over"], row["mode"]) == (rows[0]["over"], rows[0]["mode"])]
     said = ", ".join(f"{row['proxy'].replace('_', ' ')} {row['spearman']:.2f}" for row in rows)
-    return f". Rank correlation with the score over {rows[0]['over']}s: {said}" if rows else ""
+    return f"\nrank correlation with the score over {rows[0]['over']}s:\n{said}" if rows else ""
+
+
+def _legend_beside(ax: Axes) -> None:
+    """Put the legend beside the axes: many series, or tall intervals, leave no room between them."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
 
 
 def _error(mean: Floats, low: Floats, high: Floats) -> Floats:
@@ -133,7 +137,7 @@ def _blocks_map(found: BlocksResult, ax: Axes | None, title: str) -> Axes:
         if row["mode"] == found.mode:
             drawn.plot(row["start"], row["length"], ".", color="white", markersize=3.5)
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
-    drawn.yaxis.set_major_locator(MaxNLocator(integer=True))
+    drawn.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return finish(drawn, x="first layer left out", y="number of layers left out", title=title)
 
 
@@ -206,6 +210,8 @@ def draw_greedy(found: GreedyResult, ax: Axes | None = None) -> Axes:
                 interval(drawn, count, low.tolist(), high.tolist(), PALETTE[kind])
     drawn.set_ylim(bottom=min(0.0, drawn.get_ylim()[0]))
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if found.other is not None:
+        _legend_beside(drawn)
     first = next(iter(found.scores.values()))
     return finish(drawn, x="layers left out", y=SCORES[first.headline], title=found.title)
 
