@@ -140,7 +140,7 @@ class ContributionNorms:
     def _put(self, table: Tensor, kind: str, label: str, rows: Tensor | None = None, **values: Tensor) -> None:
         row = table[self._row[kind, label]]
         for measure, value in values.items():
-            row[MEASURES.index(measure), slice(None) if rows is None else rows] = value
+            row[MEASURES.index(measure), slice(None) if rows is None else rows] = value.to(row)
 
     def _walk_back(self, block: Block, direction: Tensor, measure: str, table: Tensor) -> None:
         """Measure every part along a direction at the last state, through all norms that it passes on its way."""
