@@ -133,9 +133,9 @@ def spread_out(ax: Axes, values: Sequence[float], *, linear: float | None = None
 def wrapped(text: str, inches: float) -> str:
     """Break a title where a line of so many inches ends; texts name the model and the corpus and can be long."""
     width = max(20, int(inches * _CHARACTERS_PER_INCH))
-    lines = textwrap.wrap(text, width)
+    lines = textwrap.wrap(text, width, break_on_hyphens=False)
     # As many lines, as equally long as can be: a last line of one word looks like a mistake.
-    while width > 20 and len(closer := textwrap.wrap(text, width - 1)) == len(lines):
+    while width > 20 and len(closer := textwrap.wrap(text, width - 1, break_on_hyphens=False)) == len(lines):
         width, lines = width - 1, closer
     return "\n".join(lines)
 

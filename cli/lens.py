@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
 from streamlens.cli.capture import Numbers
@@ -34,6 +35,7 @@ _FIRST = tuple(range(10))
     type=Dtype(["float32", "bfloat16"]),
     help="Precision of the products with the unembedding; the error is measured. [default: the model's own]",
 )
+@click.option("--affine-match", is_flag=True, help="Post-norm: every state with the gain and bias of the last norm.")
 @click.option("--tuned", type=click.Path(path_type=Path), help="Apply this tuned lens (made with --train).")
 @click.option("--train", type=click.Choice(["bias", "ridge", "kl"]), help="Train a tuned lens on these tokens.")
 @click.option("--steps", type=click.IntRange(min=1), default=250, show_default=True, help="Steps of --train kl.")
@@ -63,10 +65,9 @@ def command(
       streamlens lens model.pt --train ridge --save lens.pt
       streamlens lens model.h5 --tuned lens.pt
     """  # noqa: D301 - click reads the \b
+    _demand_one_purpose(train, writes)
     if save is not None and (train is None or save.suffix != ".pt"):
         raise UsageError("--save names the .pt file that --train writes: give both, such as --train ridge --save l.pt")
-    if train is not None and (writes or options["grid"] or options["tuned"] is not None):
-        raise UsageError("--train does not go with --grid, --writes or --tuned: train first, then look with --tuned")
     source = origin.open(takes_dtype=True)
     products = products or origin.model.dtype  # a capture is not cast, but what is computed from it can be
     if train is not None:
@@ -80,6 +81,33 @@ def command(
         show.show("lens", taken_apart, taken_apart.short_rows())
     else:
         _look(source, show, dtype=products, **options)
+
+
+def _demand_one_purpose(train: str | None, writes: bool) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        UsageError: some were given; the message names them and the options that they go with.
+    """
+    looking = {"states", "top_k", "jsd", "tuned", "affine_match", "grid"}
+    useless = {
+        "--train": looking | {"writes", "doc", "at"} | (set() if train == "kl" else {"steps", "products"}),
+        "--writes": looking | {"products", "steps", "save"},
+        "a look at the states": {"steps"},
+    }
+    purpose = "--train" if train is not None else "--writes" if writes else "a look at the states"
+    context = click.get_current_context()
+    given = {
+        p.name: p.opts[0]
+        for p in context.command.params
+        if p.name is not None and context.get_parameter_source(p.name) is ParameterSource.COMMANDLINE
+    }
+    if train is None and not writes and "grid" not in given:
+        useless[purpose] |= {"doc", "at"}
+    found = sorted(option for name, option in given.items() if name in useless[purpose])
+    if found:
+        what = f"--train {train}" if train is not None else purpose
+        raise UsageError(f"{', '.join(found)} would have no effect in {what}: leave out one or the other")
 
 
 def _look(

@@ -36,12 +36,16 @@ if TYPE_CHECKING:
     from streamlens.analyses.gradient.paths import path_spectrum as path_spectrum
     from streamlens.analyses.lens.door import LensResult as LensResult
     from streamlens.analyses.lens.door import logit_lens as logit_lens
+    from streamlens.analyses.lens.grid import LensGrid as LensGrid
     from streamlens.analyses.lens.tuned import TunedLens as TunedLens
     from streamlens.analyses.lens.tuned import load_lens as load_lens
     from streamlens.analyses.lens.tuned import train_lens as train_lens
     from streamlens.analyses.lens.writes import WriteLensResult as WriteLensResult
     from streamlens.analyses.lens.writes import write_lens as write_lens
+    from streamlens.analyses.norms.answer import NormsResult as NormsResult
+    from streamlens.analyses.norms.cosines import WriteCosinesResult as WriteCosinesResult
     from streamlens.analyses.norms.door import contribution_norms as contribution_norms
+    from streamlens.analyses.norms.states import StateNormsResult as StateNormsResult
     from streamlens.analyses.position.answer import PositionResult as PositionResult
     from streamlens.analyses.position.damage import LesionResult as LesionResult
     from streamlens.analyses.position.door import positional_persistence as positional_persistence
@@ -85,6 +89,10 @@ _HOMES = {
     "SpectrumResult": ("streamlens.analyses.gradient.paths", "SpectrumResult"),
     "gradient_flow": ("streamlens.analyses.gradient.door", "gradient_flow"),
     "path_spectrum": ("streamlens.analyses.gradient.paths", "path_spectrum"),
+    "NormsResult": ("streamlens.analyses.norms.answer", "NormsResult"),
+    "StateNormsResult": ("streamlens.analyses.norms.states", "StateNormsResult"),
+    "WriteCosinesResult": ("streamlens.analyses.norms.cosines", "WriteCosinesResult"),
+    "LensGrid": ("streamlens.analyses.lens.grid", "LensGrid"),
     "LensResult": ("streamlens.analyses.lens.door", "LensResult"),
     "TunedLens": ("streamlens.analyses.lens.tuned", "TunedLens"),
     "WriteLensResult": ("streamlens.analyses.lens.writes", "WriteLensResult"),
@@ -114,15 +122,19 @@ __all__ = [
     "EffectsResult",
     "GradientResult",
     "GreedyResult",
+    "LensGrid",
     "LensResult",
     "LesionResult",
     "Model",
+    "NormsResult",
     "PairsResult",
     "PositionResult",
     "ProbeResult",
     "SpectrumResult",
+    "StateNormsResult",
     "SwapResult",
     "TunedLens",
+    "WriteCosinesResult",
     "WriteLensResult",
     "ablate",
     "ablate_blocks",

@@ -158,7 +158,7 @@ def test_growth_is_that_of_a_geometric_stream() -> None:
             self.embed, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
             self.mlps = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(4))
             for mlp in self.mlps:
-                mlp.weight.data.copy_(torch.eye(8))  # type: ignore[operator, union-attr]
+                mlp.weight.data.copy_(torch.eye(8))
 
         def forward(self, ids: Tensor) -> Tensor:
             x = self.embed(ids)
@@ -201,7 +201,9 @@ def test_the_result_shows_itself() -> None:
         assert ax.get_title(loc="left").split(":")[0] in (
             "Contribution norms", "Shares of the last state", "Size of the states", "Cosines of writes",
         )  # fmt: skip
-    assert [t.get_text() for t in result.plot().get_legend().get_texts()] == ["attention", "MLP"]  # type: ignore[union-attr]
+    legend = result.plot().get_legend()
+    assert legend is not None
+    assert [t.get_text() for t in legend.get_texts()] == ["attention", "MLP"]
 
 
 class TestCommand:

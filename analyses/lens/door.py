@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from streamlens.analyses.lens.affine import AffineMatch
 from streamlens.analyses.lens.grid import LensGrid
 from streamlens.analyses.lens.head import NEAREST, head_of
-from streamlens.analyses.lens.tally import LensOptions, LensTally, Summary
+from streamlens.analyses.lens.tally import LensOptions, LensTally, Summary, Translators
 from streamlens.analyses.result import Result
 from streamlens.analyses.source import Corpus, Origin, Source, source_of, watched
 from streamlens.calling import eager_math
@@ -69,7 +70,7 @@ class LensResult(Result):
     tokens: int
     documents: int
     tuned: str | None = None
-    """Kind of the translators that were applied, if any."""
+    """Kind of the translators that were applied, if any: ``bias``, ``ridge``, ``kl`` or ``affine match``."""
 
     @property
     def kl(self) -> Summary:
@@ -143,22 +144,44 @@ class LensResult(Result):
         return self.grid.plot(ax)
 
 
+class LensChoice(TypedDict, total=False):
+    """What `logit_lens` looks at, and how; all of it may be left out."""
+
+    states: Sequence[int] | None
+    """Which states, 0 ... K; by default all. The last one is always among them."""
+    top_k: Sequence[int]
+    """Sizes of the sets of likeliest tokens that are compared; by default 1, 5 and 10."""
+    dtype: str | torch.dtype | None
+    """Of the products with the unembedding, ``"bfloat16"`` for speed; sums are float32 all the same, and the error is
+    measured on a sample and reported in `LensResult.precision`. By default the model's own."""
+    jsd: bool
+    """Also the Jensen-Shannon divergence, which takes several more passes over the logits."""
+    chunk_tokens: int | None
+    """Tokens whose logits are held at once; by default as many as fit 64 MB."""
+    translators: TunedLens | str | Path | None
+    """A tuned lens (`train_lens`), or the path of one: applied to each state before the head."""
+    affine_match: bool
+    """For a post-norm stream: exchange the gain and bias of the norm that made each state for those of the last one,
+    which are what the head expects (`AffineMatch`)."""
+    grid: bool
+    """Whether to keep the likeliest tokens at a few positions of one document; by default it does."""
+    grid_doc: int | None
+    """Which document; by default the first."""
+    grid_positions: Sequence[int]
+    """Which positions of it; by default 0 to 9."""
+
+
+class _Asked(LensChoice, Corpus, total=False):
+    """Both."""
+
+
 def logit_lens(
     origin: Origin,
     *,
     stream: str | None = None,
     model: Model | None = None,
     progress: bool = True,
-    states: Sequence[int] | None = None,
-    top_k: Sequence[int] = DEFAULT_TOP_K,
-    dtype: str | torch.dtype | None = None,
-    jsd: bool = False,
-    chunk_tokens: int | None = None,
-    translators: TunedLens | str | Path | None = None,
-    grid: bool = True,
-    grid_doc: int | None = None,
-    grid_positions: Sequence[int] = range(10),
-    **corpus: Unpack[Corpus],
+    **asked: Unpack[_Asked],
 ) -> LensResult:
     """Look at every state through the model's own head.
 
@@ -167,24 +190,16 @@ def logit_lens(
         stream: which stream; by default the one that the head reads.
         model: for a capture: its model, where it is loaded already.
         progress: whether to show a bar.
-        states: which states, 0 ... K; by default all. The last one is always among them.
-        top_k: sizes of the sets of likeliest tokens that are compared.
-        dtype: of the products with the unembedding, ``"bfloat16"`` for speed; sums are float32 all the same, and
-            the error is measured on a sample and reported in `LensResult.precision`. By default the model's own.
-        jsd: also the Jensen-Shannon divergence, which takes several more passes over the logits.
-        chunk_tokens: tokens whose logits are held at once; by default as many as fit 64 MB.
-        translators: a tuned lens (`train_lens`), or the path of one: applied to each state before the head.
-        grid: whether to keep the likeliest tokens at a few positions of one document.
-        grid_doc: which document; by default the first.
-        grid_positions: which positions of it.
-        **corpus: for a live model: what it is shown, as in `streamlens.capture`.
+        **asked: what to look at and how, see `LensChoice`; for a live model also what it is shown, as in
+            `streamlens.capture`.
 
     Returns:
         The result; for a model without a head the "lens" is the inner product with its word embeddings, and `head`
         and the title say so.
 
     Raises:
-        UsageError: a state that is not there, a top_k below 1, an unknown dtype, translators of another model.
+        UsageError: a state that is not there, a top_k below 1, an unknown dtype, translators of another model,
+            affine_match with translators or in a stream that is not post-norm.
         MissingDataError: neither a head nor word embeddings; or a capture lacks states, or its model is not here.
 
     >>> from fixtures import zoo
@@ -192,21 +207,10 @@ def logit_lens(
     >>> found = logit_lens(zoo.build("gpt2").module, tokens=ids, progress=False)
     >>> found.kl.mean.shape, float(found.kl.mean[-1])
     ((7,), 0.0)
-    >>> change = found.cross_entropy.mean[0] - found.cross_entropy.mean[-1]
-    >>> bool(abs(found.delta_log_probability.mean.sum() - change) < 1e-6)
-    True
     """
+    choice, corpus = _sorted(asked)
     source = source_of(origin, stream=stream, model=model, **corpus)
-    options = LensOptions(
-        states=_states(source, states),
-        top_k=_sizes(top_k),
-        dtype=precision_named(dtype),
-        jsd=jsd,
-        chunk_tokens=chunk_tokens,
-        grid_doc=grid_doc,
-        grid_positions=tuple(grid_positions) if grid else (),
-    )
-    tuned = _translators(source, translators)
+    options, tuned = _options(source, choice), _translators(source, choice)
     tally: LensTally | None = None
     with torch.no_grad(), eager_math():
         for block in watched(source, "lens", progress=progress):
@@ -217,7 +221,28 @@ def logit_lens(
     return lens_result(source, tally, tuned)
 
 
-def lens_result(source: Source, tally: LensTally, tuned: TunedLens | None = None) -> LensResult:
+def _sorted(asked: _Asked) -> tuple[LensChoice, Corpus]:
+    own: Any = {name: value for name, value in asked.items() if name in LensChoice.__annotations__}
+    rest: Any = {name: value for name, value in asked.items() if name not in own}
+    unknown = sorted(set(rest) - set(Corpus.__annotations__))
+    if unknown:
+        raise TypeError(f"logit_lens() got an unexpected keyword argument {unknown[0]!r}")
+    return own, rest
+
+
+def _options(source: Source, choice: LensChoice) -> LensOptions:
+    return LensOptions(
+        states=_states(source, choice.get("states")),
+        top_k=_sizes(choice.get("top_k", DEFAULT_TOP_K)),
+        dtype=precision_named(choice.get("dtype")),
+        jsd=choice.get("jsd", False),
+        chunk_tokens=choice.get("chunk_tokens"),
+        grid_doc=choice.get("grid_doc"),
+        grid_positions=tuple(choice.get("grid_positions", range(10))) if choice.get("grid", True) else (),
+    )
+
+
+def lens_result(source: Source, tally: LensTally, tuned: Translators | None = None) -> LensResult:
     """Put the sums together.
 
     Raises:
@@ -225,7 +250,10 @@ def lens_result(source: Source, tally: LensTally, tuned: TunedLens | None = None
     """
     nearest = tally.head.description == NEAREST
     name = "nearest-token lens (no head; word embeddings instead)" if nearest else "logit lens"
-    name = name if tuned is None else f"tuned lens ({tuned.kind}), {name}" if nearest else f"tuned lens ({tuned.kind})"
+    if isinstance(tuned, AffineMatch):
+        name = f"{name}, gains and biases matched"
+    elif tuned is not None:
+        name = f"tuned lens ({tuned.kind}), {name}" if nearest else f"tuned lens ({tuned.kind})"
     labels, indices = source.stream.state_labels, np.asarray(tally.options.states)
     steps = source.stream.steps
     kinds = ["+".join(dict.fromkeys(source.stream.sublayers[s].kind for s in step.sublayers)) for step in steps]
@@ -278,7 +306,12 @@ def precision_named(given: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def _translators(source: Source, given: TunedLens | str | Path | None) -> TunedLens | None:
+def _translators(source: Source, choice: LensChoice) -> Translators | None:
+    given = choice.get("translators")
+    if choice.get("affine_match"):
+        if given is not None:
+            raise UsageError("affine_match and translators both map a state into the coordinates of the last: give one")
+        return AffineMatch.of(source)
     if given is None:
         return None
     from streamlens.analyses.lens.tuned import TunedLens, load_lens

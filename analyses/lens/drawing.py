@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib.patheffects as effects
 import numpy as np
+from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
@@ -176,15 +177,16 @@ def plot_writes(found: WriteLensResult, ax: Axes | None = None) -> Axes:
     with style():
         ax = axes(ax, width=1.8 + 0.62 * positions, height=1.3 + 0.17 * parts)
         largest = float(np.nanmax(np.abs(found.target_logit), initial=1e-9, where=np.isfinite(found.target_logit)))
+        # Some writes at position 0 are so large that beside them a linear scale would show no other.
+        norm = SymLogNorm(1.0, vmin=-largest, vmax=largest) if largest > 10 else Normalize(-largest, largest)
         image = ax.imshow(
-            found.target_logit, cmap=DIVERGING, vmin=-largest, vmax=largest, aspect="auto", origin="lower",
-            interpolation="nearest",
-        )  # fmt: skip
+            found.target_logit, cmap=DIVERGING, norm=norm, aspect="auto", origin="lower", interpolation="nearest"
+        )
         words = found.words()
         for i in range(parts):
             for j in range(positions):
-                strength = abs(found.target_logit[i, j]) / largest
-                _word(ax, j, i, words[i][j], dark=bool(strength > 0.6))
+                strength = abs(2 * float(norm(np.nan_to_num(found.target_logit[i, j]))) - 1)
+                _word(ax, j, i, words[i][j], dark=strength > 0.6)
         _table_ticks(ax, found.read(), found.labels)
         colour_bar(ax, image, "Centred logit of the target")
         finish(ax, x="Token read", y="Part of the last state")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from streamlens.analyses.team import Team
 from streamlens.block import Block
 from streamlens.errors import UsageError
 
-if TYPE_CHECKING:
-    from streamlens.analyses.lens.tuned import TunedLens
-
 BUDGET_BYTES = 128 << 20
 """Size of the two buffers of a chunk: the logits at one state and the final distribution."""
 
@@ -33,6 +30,17 @@ SPREAD = METRICS[:5]
 
 SAMPLE_TOKENS, SAMPLE_STATES = 32, 8
 """Tokens and states on which lower precision is compared with the model's own, spread evenly over both."""
+
+
+class Translators(Protocol):
+    """Maps of states into the coordinates of the last one, before the head."""
+
+    @property
+    def kind(self) -> str:
+        """What they are called."""
+
+    def translate(self, k: int, state: Tensor) -> Tensor:
+        """Return state x_k, (token, d_model), as the head should see it."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +90,13 @@ class LensTally:
         source: where the tokens come from.
         head: what to look through.
         options: what is asked for.
-        tuned: translators, applied to each state before the head.
+        tuned: maps that are applied to each state before the head.
 
     Raises:
         UsageError: another precision for a head that only the model itself can run.
     """
 
-    def __init__(self, source: Source, head: Head, options: LensOptions, tuned: TunedLens | None = None) -> None:
+    def __init__(self, source: Source, head: Head, options: LensOptions, tuned: Translators | None = None) -> None:
         self.source, self.options, self.tuned = source, options, tuned
         self.exact_head, self.head = head, _cast(head, options.dtype)
         self.names = [*METRICS, *(f"overlap_{k}" for k in options.top_k), *(["jsd"] if options.jsd else [])]

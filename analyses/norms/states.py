@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MASSIVE_SIZE, MASSIVE_RATIO = 100.0, 1000.0
-"""An activation is massive above this size, and at this multiple of the median size in its state (Sun et al. 2024)."""
+"""An activation is massive above this size, and at this multiple of the median size of the entries of its state, all
+tokens of a block and all dimensions (Sun et al. 2024, arXiv 2402.17762)."""
+
+_ENTRIES = 1 << 14
+"""So many entries, evenly spread, give the median."""
 
 OUTLIER_RATIO = 10.0
 """A dimension stands out above this multiple of the median dimension's root mean square."""
@@ -70,7 +74,7 @@ class StateNormsResult(Result):
     """(state,) dimensions whose root mean square over a sample of tokens, massive activations left out, is above ten
     times the median dimension's."""
     massive: tuple[MassiveActivation, ...]
-    """Activations above 100 and 1000 times the median size in their state (Sun et al. 2024), over all tokens."""
+    """Activations above 100 and above 1000 times the median entry of their state (Sun et al. 2024), at any token."""
     layer_states: NDArray[np.int64]
     """(layer + 1,) the state before each layer and the one after the last."""
     tokens: int
@@ -155,20 +159,21 @@ class StateTally:
 
     def look(self, index: int, state: Tensor, size: Tensor, position: Tensor, sample: Tensor) -> None:
         """Look for what stands out in a state, (token, d_model); `size` is its entries' sizes."""
+        some, counted = state[sample].double().square().cpu(), torch.full((1,), float(len(sample)))
         big = torch.nonzero(size.amax(-1) > MASSIVE_SIZE)[:, 0]
-        some, kept = state[sample].double().square().cpu(), torch.ones(len(sample), state.shape[-1], dtype=torch.bool)
         if len(big):
-            rows = size[big]
-            found = (rows > MASSIVE_SIZE) & (rows >= MASSIVE_RATIO * rows.median(-1, keepdim=True).values)
+            flat = size.flatten()
+            typical = flat[:: max(1, len(flat) // _ENTRIES)].median()
+            found = ((size[big] > MASSIVE_SIZE) & (size[big] >= MASSIVE_RATIO * typical)).cpu()
+            rows, first = size[big].cpu(), position[big.cpu()] == 0
             for dimension in torch.nonzero(found.any(0))[:, 0].tolist():
                 at = found[:, dimension]
-                first = int((position[big.cpu()][at.cpu()] == 0).sum())
-                self._note(index, dimension, int(at.sum()), first, float(rows[at, dimension].max()))
-            massive = torch.zeros(state.shape, dtype=torch.bool)
-            massive[big.cpu()] = found.cpu()
-            kept = ~massive[sample]
-        self._square[index] += (some * kept).sum(0)
-        self._sampled[index] += kept.sum(0)
+                self._note(index, dimension, int(at.sum()), int((at & first).sum()), float(rows[at, dimension].max()))
+            ordinary = torch.ones(state.shape, dtype=torch.bool)
+            ordinary[big.cpu()] = ~found
+            some, counted = some * ordinary[sample], ordinary[sample].sum(0)
+        self._square[index] += some.sum(0)
+        self._sampled[index] += counted
 
     def _note(self, index: int, dimension: int, tokens: int, first: int, largest: float) -> None:
         old = self._massive.get((index, dimension), (0, 0, 0.0))
