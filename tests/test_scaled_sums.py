@@ -14,11 +14,13 @@ from streamlens.analyses.ablation.runs import Runs, Setting, running
 from streamlens.analyses.ablation.spans import every
 from streamlens.analyses.frozen import stream_norms
 from streamlens.analyses.norms.measures import OVERLAPPING
+from streamlens.analyses.position.theatre import Lesion
 from streamlens.analyses.source import Source, source_of, target_ids
 from streamlens.analyses.transport import factors_of, pulled_back, transported
 from streamlens.analyses.unembedding import Unembedding
 from streamlens.proof import relative_error
 from tests import scaled_sums
+from tests.test_position_lesion import played
 
 NAMES = list(scaled_sums.MODELS)
 QUIET: dict[str, Any] = {"progress": False}
@@ -145,3 +147,16 @@ def test_write_lens_and_origins_of_positions(name: str) -> None:
     assert sl.write_lens(source).error < 1e-5
     found = sl.positional_persistence(source, positions=11, **QUIET)
     np.testing.assert_allclose(np.nansum(found.origin, axis=1), 1.0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "halved_post_norm"])
+def test_what_a_lesion_takes_from_a_skip(name: str) -> None:
+    """It is taken from the write beside it, which passes the same sum with a factor of its own."""
+    source = opened(name)
+    lesions = [Lesion("scale", s, "", 0.3) for s in range(len(source.stream.steps))]
+    _, _, theatre = played(source.model.module, lesions, inputs=scaled_sums.IDS)
+    (block,) = source.blocks()
+    for index, (skip, write) in enumerate(gates(name, source.model.module)):
+        expected = 0.3 * skip * block.states[index] + write * block.writes[index]
+        docs = expected.view(*block.shape, -1).double().sum(0)
+        torch.testing.assert_close(theatre.sums[index].sums[index + 1], docs, rtol=1e-5, atol=1e-4)

@@ -215,7 +215,9 @@ def test_a_hidden_layer_in_the_head_is_refused() -> None:
 class _Largest(TorchDispatchMode):
     """Notes the largest tensor that is made."""
 
-    largest = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
