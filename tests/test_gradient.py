@@ -81,14 +81,6 @@ def test_skip_and_branches_add_up_to_the_gradient(name: str) -> None:
             assert gradients[step].norm() > 0
 
 
-def test_without_a_norm_on_the_stream_the_gradient_of_the_sum_is_that_of_the_next_state() -> None:
-    graph = graph_of(case("gpt2", DOUBLE))
-    gradients = graph.gradients()
-    pulled = graph.across(0, gradients[1][None])
-    assert torch.equal(pulled.sum[0], gradients[1])
-    assert torch.equal(pulled.skip[0], gradients[1])
-
-
 def test_a_norm_after_the_addition_is_pulled_back_as_its_formula_says() -> None:
     found = case("bert", DOUBLE)
     graph = graph_of(found)

@@ -101,10 +101,10 @@ def test_intervals_are_over_windows_where_documents_are_few_and_the_title_says_s
     few, many = (torch.randint(0, 90, (docs, 8), generator=generator) for docs in (6, 12))
     one_text = gradient_flow(found.module, tokens=[few.flatten()], window=8, progress=False)
     assert (one_text.sequences, one_text.documents, one_text.unit) == (6, 1, "window")
-    assert one_text.title.endswith("95 % intervals over windows")
+    assert one_text.title.endswith("95 % intervals over 6 windows")
     several = gradient_flow(found.module, tokens=list(many), progress=False)
     assert (several.sequences, several.documents, several.unit) == (12, 12, "document")
-    assert several.title.endswith("95 % intervals over documents")
+    assert several.title.endswith("95 % intervals over 12 documents")
     for flow in (one_text.flow, several.flow):
         for values in (flow.skip_share, flow.branch_share, flow.cosine, flow.relative_norm[:-1]):
             assert (values[:, 1] < values[:, 0]).all()

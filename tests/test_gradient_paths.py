@@ -1,11 +1,10 @@
-"""The spectrum of path lengths: against all paths one by one, against the laws that it has to keep."""
+"""The spectrum of path lengths: against the laws that it has to keep; against all paths in test_invariants_gradient."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import streamlens as sl
-from fixtures.zoo_torch import PostNormLayer, PreNormLayer
 from streamlens.analyses.gradient.graph import Graph, open_graph
 from streamlens.analyses.gradient.paths import PathSpectrum, binomial_law, path_spectrum, spectrum_of
 from streamlens.analyses.source import source_of
@@ -28,83 +26,6 @@ from tests.test_gradient_door import MODEL, SMALL
 
 PARTLY_FLOAT32 = {"llama", "gemma2", "olmo2", "granite", "mamba", "t5"}
 """Models that do a part of their arithmetic, as a rule the norms, in float32 whatever their dtype is."""
-
-
-class Stack(nn.Module):
-    """Two layers, so four steps, over embeddings (position, doc, d_model)."""
-
-    def __init__(self, layer: type[nn.Module]) -> None:
-        """Draw the weights, with norms that do something."""
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.layers = nn.ModuleList([layer() for _ in range(2)])
-            for parameter in self.parameters():
-                parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
-        self.double().eval().requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the layers in turn."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def pieces(layer: Any) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    """Branch and norm after the addition of the two steps of a layer, written out."""
-
-    def mlp(x: Tensor) -> Tensor:
-        hidden: Tensor = layer.linear2(layer.activation(layer.linear1(x)))
-        return hidden
-
-    if isinstance(layer, PostNormLayer):
-        return [(lambda x: layer.attention(x, x, x)[0], layer.norm1), (mlp, layer.norm2)]
-
-    def attend(x: Tensor) -> Tensor:
-        h = layer.norm1(x)
-        mask = nn.Transformer.generate_square_subsequent_mask(len(h))
-        attended: Tensor = layer.attention(h, h, h, attn_mask=mask.double(), need_weights=False)[0]
-        return attended
-
-    return [(attend, lambda y: y), (lambda x: mlp(layer.norm2(x)), lambda y: y)]
-
-
-def jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """The whole matrix, column by column of its transpose."""
-    point = at.detach().requires_grad_()
-    outputs = function(point).flatten()
-    return torch.stack([torch.autograd.grad(o, point, retain_graph=True)[0].flatten() for o in outputs])
-
-
-@pytest.mark.parametrize("layer", [PreNormLayer, PostNormLayer])
-def test_equals_the_sum_over_all_paths_one_by_one(layer: type[nn.Module]) -> None:
-    module = Stack(layer)
-    x = torch.randn(3, 1, 32, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
-    anatomy = sl.discover(module, x)
-    graph = open_graph(module, anatomy, anatomy.stream(), x, (1, 3), None)
-    gradients = graph.gradients()
-    found, moment = spectrum_of(graph, gradients, 4)
-
-    jacobians = []  # of each step: of the branch, and of the norm after the addition, both whole
-    state = x
-    for branch, norm in (piece for one in module.layers for piece in pieces(one)):
-        of_branch = jacobian(branch, state)
-        of_norm = jacobian(norm, state + branch(state))
-        jacobians.append((of_branch, of_norm))
-        state = norm(state + branch(state))
-    end = (state.mean(0) / 3).expand(3, -1).reshape(-1)  # of half the squared norm of the mean over positions
-    assert relative(gradients[-1].flatten(), end) < 1e-12
-
-    expected = torch.zeros(5, len(end), dtype=DOUBLE)
-    for path in itertools.product([0, 1], repeat=4):
-        vector = end
-        for enters, (of_branch, of_norm) in zip(reversed(path), reversed(jacobians), strict=True):
-            vector = of_norm.T @ vector
-            vector = of_branch.T @ vector if enters else vector
-        expected[sum(path)] += vector
-    for length in range(5):
-        assert relative(found[length].flatten(), expected[length]) < 1e-12, length
-    assert relative(moment.flatten(), sum((k * expected[k] for k in range(5)), torch.zeros(()))) < 1e-12
 
 
 @pytest.mark.parametrize("name", EVERY_KIND)
@@ -282,7 +203,6 @@ def test_the_numbers_are_those_of_a_plain_loop() -> None:
         np.testing.assert_allclose(whole.energy[:, 0], np.mean(energies, 0), rtol=1e-4)
         assert whole.mean_length[0] == pytest.approx(np.mean(means), rel=1e-4)
         assert whole.remainder_share[0] == pytest.approx(np.mean(rests), rel=1e-3, abs=1e-6)
-        assert whole.share[:, 0].sum() + whole.remainder_share[0] == pytest.approx(1, abs=1e-6)
     assert [row["path_share"] for row in result.rows()] == pytest.approx([1 / 9, 4 / 9])
 
 

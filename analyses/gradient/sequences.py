@@ -121,7 +121,8 @@ class Sequences(ABC):
 
     def title(self, what: str, table: Table) -> str:
         """Say what was measured, where, and what the intervals are over."""
-        return f"{what}, {self.source.stream.name}: {self.source.description}; 95 % intervals over {table.unit}s"
+        over = f"{table.documents if table.unit == 'document' else len(table.doc)} {table.unit}s"
+        return f"{what}, {self.source.stream.name}: {self.source.description}; 95 % intervals over {over}"
 
     @abstractmethod
     def _measure(self, graph: Graph) -> dict[str, Tensor]:
