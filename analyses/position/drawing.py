@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamlens.analyses.figures import DIVERGING, PALETTE, axes, finish, interval, panels, style
+from streamlens.analyses.figures import (
+    DIVERGING,
+    PALETTE,
+    axes,
+    colour_bar,
+    finish,
+    integer_ticks,
+    interval,
+    panels,
+    style,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,6 +66,7 @@ def plot_share(found: PositionResult, ax: Axes | None = None) -> Axes:
         low = min(found.null_low.min(), found.position_share.min(), max(np.nanmin(found.low, initial=0), -reach), 0)
         high = max(found.null_high.max(), found.position_share.max(), min(np.nanmax(found.high, initial=0), reach))
         ax.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))
+        ax.set_xlim(-0.5, len(x) - 0.5)
         integer_ticks(ax)
         return finish(ax, x=STATE, y=SHARE, title=found.title)
 
@@ -83,7 +94,8 @@ def plot_origin(found: PositionResult, ax: Axes | None = None) -> Axes:
         for k in np.flatnonzero(np.isnan(found.origin).all(axis=1)):
             ax.text(float(k), 0.02, "in its null band", rotation=90, ha="center", va="bottom", fontsize=6)
         finish(ax, x=STATE, y="Share of the positional part", title=found.title)
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        ax.set_ylim(top=ax.get_ylim()[1] * 1.35)
+        ax.legend(loc="upper left", ncols=2)
         return ax
 
 
@@ -92,23 +104,25 @@ def plot_origins(found: OriginResult, ax: Axes | None = None) -> Axes:
     with style():
         ax = axes(ax, width=7.0, height=min(8.0, 1.6 + 0.16 * len(found.terms)))
         known = np.abs(found.share[~np.isnan(found.share)])
-        limit = max(float(np.quantile(known, 0.99)) if len(known) else 1.0, 0.1)
+        limit = max(float(known.max(initial=0.0)), 0.1)
         edges = [np.arange(n + 1) - 0.5 for n in reversed(found.share.shape)]
         ax.set_facecolor("#e4e4e4")
         ax.grid(visible=False)
         image = ax.pcolormesh(
             edges[1], edges[0], np.ma.masked_invalid(found.share).T, cmap=DIVERGING, vmin=-limit, vmax=limit
         )
-        figure = ax.get_figure(root=True)
-        assert figure is not None, "axes without a figure"
-        extend = "both" if known.max(initial=0.0) > limit else "neither"
-        figure.colorbar(image, ax=ax, label="Share of the positional part (below 0: taken away)", extend=extend)
+        colour_bar(ax, image, "Share of the positional part")
         step = -(-len(found.terms) // 40)
         ticks = range(0, len(found.terms), step)
         ax.set_yticks(ticks, [found.terms[i].removesuffix("_out").replace("_", " ") for i in ticks])
         ax.invert_yaxis()
         integer_ticks(ax)
-        return finish(ax, x=f"{STATE}\ngrey: not written yet, or within the null band", y="Term", title=found.title)
+        return finish(
+            ax,
+            x=f"{STATE}\nbelow 0: position is taken away; grey: not written yet, or within the null band",
+            y="Term",
+            title=found.title,
+        )
 
 
 def plot_path(found: PositionResult, ax: Axes | None = None, *, state: int = -1) -> Axes:
@@ -170,21 +184,21 @@ def draw_lesions(found: LesionResult) -> Axes:
     rows = [draw for draw, wanted in ((plot_lesions, "position"), (plot_scale, "scale")) if wanted in modes]
     drawn = panels(len(rows), len(steps), width=max(4.0, 2.4 * len(steps)), height=0.5 + 2.5 * len(rows))
     for row, draw in enumerate(rows):
-        for column, step in enumerate(steps):
-            ax = draw(found, drawn[row * len(steps) + column], step=step)
+        places = drawn[row * len(steps) : (row + 1) * len(steps)]
+        for step, ax in zip(steps, places, strict=True):
+            draw(found, ax, step=step)
             name = next(x.label for x in found.lesions if x.step == step).removesuffix("_out").replace("_", " ")
             ax.set_title(f"skip around {name}" if row == 0 else "", loc="left", fontsize=9)
-            if column:
-                ax.set_ylabel("")
-                ax.sharey(drawn[row * len(steps)])
-            legend = ax.get_legend()
-            if legend is not None and column:
+        ends = [ax.get_ylim() for ax in places]
+        for ax in places:
+            ax.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+        for ax in places[1:]:
+            ax.set_ylabel("")
+            if (legend := ax.get_legend()) is not None:
                 legend.remove()
     figure = drawn[0].get_figure(root=True)
     assert figure is not None, "axes without a figure"
-    figure.suptitle(
-        "\n".join(textwrap.wrap(found.title, int(11 * figure.get_figwidth()))), fontsize=9, x=0.01, ha="left"
-    )
+    figure.suptitle(wrapped(found.title, float(figure.get_figwidth())), fontsize=9, x=0.01, ha="left")
     return drawn[0]
 
 
@@ -212,10 +226,11 @@ def plot_lesions(found: LesionResult, ax: Axes | None = None, *, step: int | Non
             x = np.arange(len(values))
             interval(ax, x, low, high, colour)  # type: ignore[arg-type]
             ax.plot(x, values, color=colour, linestyle=line, marker=marker, markersize=3, linewidth=1, label=name)
-            top = max(top, np.nanmax(values, initial=0.0), min(np.nanmax(high, initial=0.0), 3.0))
+            most = float(np.nanmax(values, initial=1.0))
+            top = max(top, most, min(float(np.nanmax(high, initial=0.0)), 2 * most))
             if lesion.mode == "position":
-                ax.axvline(lesion.step + 0.5, color=PALETTE["norm"], linewidth=0.6, linestyle=":")
-        ax.set_ylim(-0.05 * top, 1.6 * top)
+                ax.axvline(lesion.step + 0.5, ymax=0.7, color=PALETTE["norm"], linewidth=0.6, linestyle=":")
+        ax.set_ylim(-0.05 * top, 1.4 * top)
         ax.set_xlim(-0.5, len(found.states) - 0.5)
         integer_ticks(ax)
         finish(ax, x="State" if step is not None else STATE, y=LEFT, title=found.title)
@@ -244,10 +259,3 @@ def plot_scale(found: LesionResult, ax: Axes | None = None, *, step: int | None 
             ax.plot(alphas, found.left.value[own, -1], color=colour, marker="o", markersize=3, label=name)
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
         return finish(ax, x="Factor on the skip", y=f"{LEFT},\nlast state", title=found.title)
-
-
-def integer_ticks(ax: Axes) -> None:
-    """Number states and layers by integers only."""
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -243,7 +243,8 @@ class PositionSums:
             if self.fixed.get(i, torch.zeros(0)) is not None:
                 part = rectangle.take(block.parts[i])
                 self._agree(i, part[0].clone() if bool((part == part[:1]).all()) else None)
-        walk = transported(self.stream, self._norms, block, factors=self._factors)
+        dtype = torch.float64 if block.writes[0].dtype == torch.float64 else torch.float32
+        walk = transported(self.stream, self._norms, block, factors=self._factors, dtype=dtype)
         before: dict[int, Tensor] = {}
         for state, summands in enumerate(walk):
             for term, vectors in enumerate(_grouped(summands, bool(self._norms))):
