@@ -85,7 +85,7 @@ def test_identities_of_a_pair() -> None:
     assert float((found["block_influence"] - exact)[1:].abs().max()) < 1e-12
     truth = [1 - torch.nn.functional.cosine_similarity(x[t], x[t] + w[t], dim=0) for t in range(3, 50)]
     assert float((found["block_influence"][3:] - torch.stack(truth)).abs().max()) < 1e-12
-    assert (found["growth"][0], found["block_influence"][0]) == (0, 1)
+    assert (float(found["growth"][0]), float(found["block_influence"][0])) == (0, 1)
     assert found["block_influence"][1] == 0
     thrice = pair((x * x).sum(-1), 9 * (w * w).sum(-1), 3 * (x * w).sum(-1))
     assert float((thrice["relative_write"] - 3 * rho).abs().max()) < 1e-9

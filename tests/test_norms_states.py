@@ -157,8 +157,8 @@ def test_growth_is_that_of_a_geometric_stream() -> None:
             torch.manual_seed(0)
             self.embed, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
             self.mlps = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(4))
-            for mlp in self.mlps:
-                mlp.weight.data.copy_(torch.eye(8))
+            for weight in self.mlps.parameters():
+                weight.data.copy_(torch.eye(8))
 
         def forward(self, ids: Tensor) -> Tensor:
             x = self.embed(ids)

@@ -24,27 +24,64 @@ _WIDTH = 9
 
 
 @dataclass(frozen=True)
-class LensGrid(Result):
-    """What the lens shows at each state and a few positions."""
+class TokenTable(Result):
+    """A table over some positions of one document, with a token of the vocabulary in each cell."""
 
     title: str
     doc: int
-    states: NDArray[np.int64]
-    """(state,) index k of each x_k."""
     labels: tuple[str, ...]
-    """(state,) what was written last."""
+    """(row,) what was written last, or which part it is."""
     position: NDArray[np.int64]
     """(position,) within the document."""
     ids: NDArray[np.int64]
     """(position,) the token that is read there; negative where the model takes none."""
     targets: NDArray[np.int64]
     """(position,) the token that should be predicted; negative where there is none."""
+    text: dict[int, str]
+    """The tokens as text; without a tokenizer their numbers."""
+
+    @property
+    def cells(self) -> NDArray[np.int64]:
+        """(row, position) the token of each cell."""
+        raise NotImplementedError
+
+    def word(self, token: int | np.int64) -> str:
+        """Return a token as text, nothing where it is negative."""
+        return self.text.get(int(token), "")
+
+    def read(self) -> list[str]:
+        """Return the tokens that are read, as they are shown, by position."""
+        return [f"{p} {shown(self.word(t))}".rstrip() for p, t in zip(self.position, self.ids, strict=True)]
+
+    def words(self) -> list[list[str]]:
+        """Return the tokens of the cells as they are shown, by row and position."""
+        return [[shown(self.word(t)) for t in row] for row in self.cells]
+
+    def _with_words(self, rows: list[dict[str, Any]], columns: int) -> list[dict[str, Any]]:
+        """Add to each row the words at the first positions."""
+        words = self.words()
+        for j in range(min(columns, len(self.position))):
+            heading = f"{self.position[j]}:{shown(self.word(self.ids[j]))}"
+            for i, row in enumerate(rows):
+                row[heading] = words[i][j]
+        return rows
+
+
+@dataclass(frozen=True)
+class LensGrid(TokenTable):
+    """What the lens shows at each state and a few positions; a row is a state."""
+
+    states: NDArray[np.int64]
+    """(state,) index k of each x_k."""
     top: NDArray[np.int64]
     """(state, position) the likeliest token."""
     probability: Floats
     """(state, position) its probability."""
-    text: dict[int, str]
-    """The tokens as text; without a tokenizer their numbers."""
+
+    @property
+    def cells(self) -> NDArray[np.int64]:
+        """(state, position) the likeliest token."""
+        return self.top
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row for each state and position."""
@@ -53,10 +90,10 @@ class LensGrid(Result):
                 "state": int(self.states[i]),
                 "label": label,
                 "position": int(self.position[j]),
-                "token": self._word(self.ids[j]),
-                "prediction": self._word(self.top[i, j]),
+                "token": self.word(self.ids[j]),
+                "prediction": self.word(self.top[i, j]),
                 "probability": float(self.probability[i, j]),
-                "target": self._word(self.targets[j]),
+                "target": self.word(self.targets[j]),
                 "hit": bool(self.top[i, j] == self.targets[j]),
             }
             for i, label in enumerate(self.labels)
@@ -66,30 +103,13 @@ class LensGrid(Result):
     def short_rows(self, columns: int = 6) -> list[dict[str, Any]]:
         """Return a table for the terminal: a row for each state, a column for each of the first positions."""
         rows = [{"state": int(k), "label": label} for k, label in zip(self.states, self.labels, strict=True)]
-        for j in range(min(columns, len(self.position))):
-            heading = f"{self.position[j]}:{shown(self._word(self.ids[j]))}"
-            for i, row in enumerate(rows):
-                row[heading] = shown(self._word(self.top[i, j]))
-        return rows
+        return self._with_words(rows, columns)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the table with the probability as colour; a frame marks the token that came."""
         from streamlens.analyses.lens.drawing import plot_table
 
         return plot_table(self, ax)
-
-    def _word(self, token: int | np.int64) -> str:
-        return self.text.get(int(token), "")
-
-    def read(self) -> list[str]:
-        """Return the tokens that are read, as they are shown, by position."""
-        return [
-            f"{position} {shown(self._word(t))}".rstrip() for position, t in zip(self.position, self.ids, strict=True)
-        ]
-
-    def words(self) -> list[list[str]]:
-        """Return the likeliest tokens as they are shown, by state and position."""
-        return [[shown(self._word(t)) for t in row] for row in self.top]
 
 
 def shown(text: str, width: int = _WIDTH) -> str:

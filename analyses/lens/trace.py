@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from streamlens.discovery.watch import tensors_in
+
 _VIEWS = frozenset(
     {
         "view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "unsqueeze", "squeeze", "alias",
@@ -207,7 +209,7 @@ class _Listener(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords = kwargs or {}
-        touched = [t for t in _tensors((args, keywords)) if id(t) in self._slot]
+        touched = [t for t in tensors_in((args, keywords)) if id(t) in self._slot]
         if not touched:
             return func(*args, **keywords)
         encoded = self._encode(args), self._encode(keywords)
@@ -347,17 +349,6 @@ def _product(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def _slots(value: Any) -> Iterator[Slot]:

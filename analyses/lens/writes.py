@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamlens.analyses.frozen import final_norm, stream_norms
-from streamlens.analyses.lens.grid import shown, texts
+from streamlens.analyses.lens.grid import TokenTable, texts
 from streamlens.analyses.lens.head import LinearHead, head_of, tolerance
 from streamlens.analyses.lens.trace import Chain, Operation
-from streamlens.analyses.result import Result
 from streamlens.analyses.sampling import some_rows
 from streamlens.analyses.source import Corpus, Origin, Source, source_of, target_ids
 from streamlens.analyses.statistics import Floats
@@ -44,21 +43,14 @@ _AFFINE = frozenset({"add", "sub", "mul", "div", "neg", "_to_copy"})
 
 
 @dataclass(frozen=True)
-class WriteLensResult(Result):
-    """What each part adds to the logits at a few positions of one document; logits are centred over the vocabulary."""
+class WriteLensResult(TokenTable):
+    """What each part adds to the logits at a few positions of one document; logits are centred over the vocabulary.
 
-    title: str
-    doc: int
-    labels: tuple[str, ...]
-    """(part,) embedding parts, writes and biases; their sum is the model's own logits."""
+    A row is a part: an embedding part, a write or a bias; their sum is the model's own logits.
+    """
+
     kinds: tuple[str, ...]
     """(part,) ``embed``, a kind of sublayer, ``norm`` or ``head`` (biases)."""
-    position: NDArray[np.int64]
-    """(position,)"""
-    ids: NDArray[np.int64]
-    """(position,) the token that is read."""
-    targets: NDArray[np.int64]
-    """(position,) the token that should be predicted; negative where there is none."""
     target_logit: Floats
     """(part, position) what the part adds to the target's logit; NaN without a target."""
     promoted: NDArray[np.int64]
@@ -74,7 +66,11 @@ class WriteLensResult(Result):
     (in half precision four roundings) there is no result but an error."""
     capped: bool
     """Whether the model passes these logits through something that is not linear (a soft-cap) afterwards."""
-    text: dict[int, str]
+
+    @property
+    def cells(self) -> NDArray[np.int64]:
+        """(part, position) the token that the part promotes most."""
+        return self.promoted
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row for each part and position."""
@@ -83,12 +79,12 @@ class WriteLensResult(Result):
                 "label": label,
                 "kind": self.kinds[i],
                 "position": int(self.position[j]),
-                "token": self._word(self.ids[j]),
-                "target": self._word(self.targets[j]),
+                "token": self.word(self.ids[j]),
+                "target": self.word(self.targets[j]),
                 "target_logit": float(self.target_logit[i, j]),
-                "promoted": self._word(self.promoted[i, j]),
+                "promoted": self.word(self.promoted[i, j]),
                 "promoted_logit": float(self.promoted_logit[i, j]),
-                "suppressed": self._word(self.suppressed[i, j]),
+                "suppressed": self.word(self.suppressed[i, j]),
                 "spread": float(self.spread[i, j]),
             }
             for i, label in enumerate(self.labels)
@@ -97,31 +93,17 @@ class WriteLensResult(Result):
 
     def short_rows(self, columns: int = 5) -> list[dict[str, Any]]:
         """Return a table for the terminal: a row for each part, the token that it promotes at the first positions."""
-        rows: list[dict[str, Any]] = []
-        for i, label in enumerate(self.labels):
-            row: dict[str, Any] = {"label": label, "target_logit": float(np.nanmean(self.target_logit[i]))}
-            for j in range(min(columns, len(self.position))):
-                heading = f"{self.position[j]}:{shown(self._word(self.ids[j]))}"
-                row[heading] = shown(self._word(self.promoted[i, j]))
-            rows.append(row)
-        return rows
+        rows: list[dict[str, Any]] = [
+            {"label": label, "target_logit": float(np.nanmean(self.target_logit[i]))}
+            for i, label in enumerate(self.labels)
+        ]
+        return self._with_words(rows, columns)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw what each part adds to the target's logit, with the token that it promotes most."""
         from streamlens.analyses.lens.drawing import plot_writes
 
         return plot_writes(self, ax)
-
-    def _word(self, token: int | np.int64) -> str:
-        return self.text.get(int(token), "")
-
-    def words(self) -> list[list[str]]:
-        """Return the promoted tokens as they are shown, by part and position."""
-        return [[shown(self._word(t)) for t in row] for row in self.promoted]
-
-    def read(self) -> list[str]:
-        """Return the tokens that are read, as they are shown, by position."""
-        return [f"{p} {shown(self._word(t))}".rstrip() for p, t in zip(self.position, self.ids, strict=True)]
 
 
 def write_lens(

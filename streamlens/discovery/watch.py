@@ -144,7 +144,7 @@ class _Recorder:
         return node
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Any) -> Any:
-        before = [self.node(t) for t in _tensors((args, kwargs))]
+        before = [self.node(t) for t in tensors_in((args, kwargs))]
         template = _template(args, self.node), _template(kwargs, self.node)
         result = run()
         frames = tuple(e.frame for e in self.stack)
@@ -155,7 +155,7 @@ class _Recorder:
         for tensor in mutated:
             outputs.append(self._mutate(tensor, op))
         seen = {id(t) for t in mutated}
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             if id(tensor) not in seen:
                 outputs.append(self._bind(tensor, op).index)
         op.outputs = tuple(outputs)
@@ -275,15 +275,16 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _template(value: Any, node: Any) -> Any:
@@ -301,4 +302,4 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = args[position] if position < len(args) else kwargs.get(argument.name)
-        yield from _tensors(value)
+        yield from tensors_in(value)
