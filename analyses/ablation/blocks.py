@@ -12,13 +12,12 @@ from streamlens.analyses.ablation.proxies import Proxies
 from streamlens.analyses.ablation.runs import Dropped
 from streamlens.analyses.ablation.scores import Scores
 from streamlens.analyses.ablation.spans import Drop, Mode, together, whole_layer
-from streamlens.analyses.ablation.study import Study, in_mode
+from streamlens.analyses.ablation.study import Options, Study, in_mode
 from streamlens.analyses.ablation.sweep import score_rows
 from streamlens.analyses.result import Result
-from streamlens.analyses.source import Corpus, Origin
+from streamlens.analyses.source import Origin
 from streamlens.analyses.statistics import Floats
 from streamlens.anatomy import Stream
-from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
@@ -92,13 +91,7 @@ def ablate_blocks(
     origin: Origin,
     lengths: Sequence[int] | None = None,
     mode: Mode = "skip",
-    *,
-    protect_first: bool = False,
-    draw_seed: int = 0,
-    stream: str | None = None,
-    model: Model | None = None,
-    progress: bool = True,
-    **corpus: Unpack[Corpus],
+    **options: Unpack[Options],
 ) -> BlocksResult:
     """Leave out every contiguous block of layers.
 
@@ -109,12 +102,8 @@ def ablate_blocks(
         origin: a capture, a model, or a source.
         lengths: how many layers; by default 1 to all but one.
         mode: as in `ablate`.
-        protect_first: leave position 0 as it is.
-        draw_seed: of the pairing of windows in mode resample.
-        stream: which stream; by default the one that the head reads.
-        model: for a capture: its model, where it is loaded already.
-        progress: show a progress bar.
-        **corpus: for a live model: what it is shown, as in `streamlens.capture`.
+        **options: protect_first (leave position 0, the attention sink, as it is), draw_seed, stream, model, progress;
+            for a live model also what it is shown, as in `streamlens.capture`. See `Options`.
 
     Raises:
         UsageError: a length that is not there.
@@ -127,16 +116,7 @@ def ablate_blocks(
         >>> ablate_blocks(encoder, inputs=torch.randn(4, 5, 8), progress=False).grid.shape
         (2, 3)
     """
-    study = Study.of(
-        origin,
-        mode,
-        protect_first=protect_first,
-        draw_seed=draw_seed,
-        stream=stream,
-        model=model,
-        progress=progress,
-        **corpus,
-    )
+    study = Study.of(origin, mode, **options)
     drops = _blocks(study.source.stream, lengths, mode)
     modes, proxies = study.modes(drops), Proxies(study.source.stream, drops)
     trials = [Dropped(d) for each in modes for d in in_mode(drops, each)]

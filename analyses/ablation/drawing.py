@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.ticker import MaxNLocator
 
 from streamlens.analyses.ablation.greedy import GREEDY, INFLUENCE, RANDOM
-from streamlens.analyses.figures import DIVERGING, PALETTE, SEQUENTIAL, axes, finish, interval, panels
+from streamlens.analyses.figures import DIVERGING, PALETTE, SEQUENTIAL, axes, finish, interval, panels, spread_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +70,7 @@ def draw_sweep(found: AblationResult, ax: Axes | None = None) -> Axes:
             label=NAMES.get(kind, kind) + (f", {mode}" if len(modes) > 1 else ""),
         )
     drawn.axhline(0.0, color=PALETTE["norm"], linewidth=0.8, zorder=0)
-    _spread(drawn, [mean[i] for i, _ in single])
+    spread_out(drawn, [mean[i] for i, _ in single])
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 3 or len(modes) > 1:
         _legend_beside(drawn)
@@ -106,13 +106,6 @@ def _draw_bars(found: AblationResult, ax: Axes | None) -> Axes:
     drawn.invert_yaxis()
     drawn.axvline(0.0, color=PALETTE["norm"], linewidth=0.8)
     return finish(drawn, x=SCORES[head], y="dropped", title=found.title)
-
-
-def _spread(ax: Axes, values: Sequence[float]) -> None:
-    """Use a scale that is linear around zero and logarithmic beyond, where one layer dwarfs the others."""
-    sizes = np.abs([v for v in values if np.isfinite(v) and v != 0])
-    if len(sizes) and sizes.max() > 20 * np.median(sizes):
-        ax.set_yscale("symlog", linthresh=float(np.median(sizes)))
 
 
 def draw_blocks(found: BlocksResult, ax: Axes | None = None) -> Axes:
@@ -224,7 +217,7 @@ def draw_swaps(found: SwapResult, ax: Axes | None = None) -> Axes:
     error = _error(mean, *found.scores.intervals(score))
     drawn.errorbar(range(len(mean)), mean, yerr=error, fmt="o", markersize=4, linewidth=1, color=PALETTE["block"])
     drawn.axhline(0.0, color=PALETTE["norm"], linewidth=0.8, zorder=0)
-    _spread(drawn, list(mean))
+    spread_out(drawn, list(mean))
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(drawn, x="layer l, exchanged with l + 1", y=SCORES[score], title=found.title)
 

@@ -12,12 +12,11 @@ from streamlens.analyses.ablation.proxies import Proxies
 from streamlens.analyses.ablation.runs import Dropped
 from streamlens.analyses.ablation.scores import Scores
 from streamlens.analyses.ablation.spans import Drop, Mode, every, together
-from streamlens.analyses.ablation.study import Study, in_mode
+from streamlens.analyses.ablation.study import Options, Study, in_mode
 from streamlens.analyses.ablation.sweep import score_rows
 from streamlens.analyses.ablation.trials import explained
 from streamlens.analyses.result import Result
-from streamlens.analyses.source import Corpus, Origin, watched
-from streamlens.checkpoint.model import Model
+from streamlens.analyses.source import Origin, watched
 from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,12 +59,7 @@ def drop_greedily(
     mode: Mode = "skip",
     *,
     random_orders: int = 3,
-    protect_first: bool = False,
-    draw_seed: int = 0,
-    stream: str | None = None,
-    model: Model | None = None,
-    progress: bool = True,
-    **corpus: Unpack[Corpus],
+    **options: Unpack[Options],
 ) -> GreedyResult:
     """Leave out one layer after the other, each time the one without which least is lost.
 
@@ -77,12 +71,8 @@ def drop_greedily(
         count: how many layers to leave out; by default half of them.
         mode: as in `ablate`.
         random_orders: how many random orders to draw.
-        protect_first: leave position 0 as it is.
-        draw_seed: of the random orders, and of the pairing of windows in mode resample.
-        stream: which stream; by default the one that the head reads.
-        model: for a capture: its model, where it is loaded already.
-        progress: show a progress bar.
-        **corpus: for a live model: what it is shown, as in `streamlens.capture`.
+        **options: protect_first (leave position 0, the attention sink, as it is), draw_seed, stream, model, progress;
+            for a live model also what it is shown, as in `streamlens.capture`. See `Options`.
 
     Raises:
         UsageError: more layers than there are.
@@ -96,22 +86,13 @@ def drop_greedily(
         >>> len(found.orders["greedy"]), len(found.orders)
         (2, 5)
     """
-    study = Study.of(
-        origin,
-        mode,
-        protect_first=protect_first,
-        draw_seed=draw_seed,
-        stream=stream,
-        model=model,
-        progress=progress,
-        **corpus,
-    )
+    study = Study.of(origin, mode, **options)
     layers = every(study.source.stream, "layers", mode)
     total = len(layers)
     wanted = max(1, total // 2) if count is None else count
     if not 1 <= wanted <= total:
         raise UsageError(f"stream {study.source.stream.name!r} has {total} layers: drop 1 to {total}, not {wanted}")
-    influence, rng = _by_influence(study, layers), np.random.default_rng(draw_seed)
+    influence, rng = _by_influence(study, layers), np.random.default_rng(options.get("draw_seed", 0))
     orders = {INFLUENCE: influence[:wanted]}
     orders |= {f"{RANDOM} {k + 1}": tuple(map(int, rng.permutation(total)[:wanted])) for k in range(random_orders)}
     modes, found = study.modes(layers), None

@@ -11,13 +11,12 @@ import numpy as np
 from streamlens.analyses.ablation.runs import Runs
 from streamlens.analyses.ablation.scores import Scores
 from streamlens.analyses.ablation.spans import Drop, Mode, every, extent, together
-from streamlens.analyses.ablation.study import Study, check_units, in_mode
+from streamlens.analyses.ablation.study import Options, Study, check_units, in_mode
 from streamlens.analyses.ablation.trials import Play, Score
 from streamlens.analyses.result import Result
-from streamlens.analyses.source import Corpus, Origin
+from streamlens.analyses.source import Origin
 from streamlens.analyses.statistics import Floats
 from streamlens.anatomy import Stream
-from streamlens.checkpoint.model import Model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,12 +97,7 @@ def ablate_pairs(
     mode: Mode = "skip",
     *,
     units: str = "layers",
-    protect_first: bool = False,
-    draw_seed: int = 0,
-    stream: str | None = None,
-    model: Model | None = None,
-    progress: bool = True,
-    **corpus: Unpack[Corpus],
+    **options: Unpack[Options],
 ) -> PairsResult:
     """Leave out every two layers and compare with each of them by itself.
 
@@ -114,12 +108,8 @@ def ablate_pairs(
         origin: a capture, a model, or a source.
         mode: as in `ablate`.
         units: ``layers`` or ``sublayers``.
-        protect_first: leave position 0 as it is.
-        draw_seed: of the pairing of windows in mode resample.
-        stream: which stream; by default the one that the head reads.
-        model: for a capture: its model, where it is loaded already.
-        progress: show a progress bar.
-        **corpus: for a live model: what it is shown, as in `streamlens.capture`.
+        **options: protect_first (leave position 0, the attention sink, as it is), draw_seed, stream, model, progress;
+            for a live model also what it is shown, as in `streamlens.capture`. See `Options`.
 
     Raises:
         UsageError: other units.
@@ -133,16 +123,7 @@ def ablate_pairs(
         (3, 3)
     """
     check_units(units, "pairs", "layers", "sublayers")
-    study = Study.of(
-        origin,
-        mode,
-        protect_first=protect_first,
-        draw_seed=draw_seed,
-        stream=stream,
-        model=model,
-        progress=progress,
-        **corpus,
-    )
+    study = Study.of(origin, mode, **options)
     single = every(study.source.stream, units, mode)
     pairs = tuple((i, j) for i in range(len(single)) for j in range(i + 1, len(single)))
     modes, size = study.modes(single), len(single) + len(pairs)

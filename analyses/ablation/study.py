@@ -16,6 +16,21 @@ from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
 
 
+class Options(Corpus, total=False):
+    """What all studies of drops take, besides what a live model is shown."""
+
+    protect_first: bool
+    """Leave position 0 as it is, so that what is measured is not the loss of the attention sink. [False]"""
+    draw_seed: int
+    """Of the pairing of windows in mode resample, and of random orders. [0]"""
+    stream: str | None
+    """Which stream; by default the one that the head reads."""
+    model: Model | None
+    """For a capture: its model, where it is loaded already."""
+    progress: bool
+    """Show a progress bar. [True]"""
+
+
 @dataclass(frozen=True)
 class Study:
     """A source and what runs on it need."""

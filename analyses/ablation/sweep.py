@@ -12,11 +12,10 @@ from streamlens.analyses.ablation.proxies import Proxies, rank_correlation, rank
 from streamlens.analyses.ablation.runs import Dropped
 from streamlens.analyses.ablation.scores import Scores
 from streamlens.analyses.ablation.spans import Drop, Mode, chosen, every, in_modes
-from streamlens.analyses.ablation.study import Study, check_units
+from streamlens.analyses.ablation.study import Options, Study, check_units
 from streamlens.analyses.result import Result
-from streamlens.analyses.source import Corpus, Origin
+from streamlens.analyses.source import Origin
 from streamlens.analyses.statistics import Floats
-from streamlens.checkpoint.model import Model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,12 +118,7 @@ def ablate(
     *,
     units: str = "both",
     per_position: bool = False,
-    protect_first: bool = False,
-    draw_seed: int = 0,
-    stream: str | None = None,
-    model: Model | None = None,
-    progress: bool = True,
-    **corpus: Unpack[Corpus],
+    **options: Unpack[Options],
 ) -> AblationResult:
     """Leave layers or sublayers out and measure what the model loses (Veit et al. 1605.06431; Lad et al. 2406.19384).
 
@@ -141,12 +135,8 @@ def ablate(
             the addition, a factor on the skip) both are reported. Of two parallel writes, one alone is set to zero.
         units: of a sweep: ``layers``, ``sublayers`` or ``both``.
         per_position: in mode mean: a mean for each position.
-        protect_first: leave position 0 as it is, so that what is measured is not the loss of the attention sink.
-        draw_seed: of the pairing of windows in mode resample.
-        stream: which stream; by default the one that the head reads.
-        model: for a capture: its model, where it is loaded already.
-        progress: show a progress bar.
-        **corpus: for a live model: what it is shown, as in `streamlens.capture`.
+        **options: protect_first (leave position 0, the attention sink, as it is), draw_seed, stream, model, progress;
+            for a live model also what it is shown, as in `streamlens.capture`. See `Options`.
 
     Returns:
         Increase of the loss, KL divergence, top-1 agreement and perplexity ratio; without logits, how far the pooled
@@ -167,17 +157,7 @@ def ablate(
         0.0
     """
     check_units(units, "a sweep", "layers", "sublayers", "both")
-    study = Study.of(
-        origin,
-        mode,
-        per_position=per_position,
-        protect_first=protect_first,
-        draw_seed=draw_seed,
-        stream=stream,
-        model=model,
-        progress=progress,
-        **corpus,
-    )
+    study = Study.of(origin, mode, per_position=per_position, **options)
     return _sweep(study, None if drop is None else chosen(study.source.stream, drop, mode), units)
 
 
