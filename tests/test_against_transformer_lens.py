@@ -69,3 +69,24 @@ def test_direct_logit_attribution(cached: tuple[Any, Any, torch.Tensor]) -> None
 def bridge_folds(bridge: Any) -> bool:
     """Whether the bridge moved the norm's gain into the unembedding."""
     return bool(getattr(bridge.cfg, "normalization_type", "LN").endswith("Pre"))
+
+
+def test_the_column_of_attributions(cached: tuple[Any, Any, torch.Tensor]) -> None:
+    """`logit_attribution` of the public result, against the parts of the cache at the tokens that come next."""
+    bridge, cache, ids = cached
+    found = case("gpt2")
+    result = sl.contribution_norms(found.module, inputs=found.inputs, logits=True, progress=False)
+    parts, labels = cache.decompose_resid(return_labels=True, mode="all")
+    norm, head = found.module.get_submodule("transformer.ln_f"), found.module.get_submodule("lm_head")
+    weight: Any = head.weight
+    unembed = (weight[ids[:, 1:]] - weight.mean(0))[:, 1:]
+    ours = dict(zip((c.label for c in result.contributions), result.column("logit_attribution"), strict=True))
+    compared = 0
+    for part, label in zip(parts, labels, strict=True):
+        scaled = cache.apply_ln_to_stack(part[None], layer=-1)[0][:, 1:-1]
+        gain: Any = 1.0 if bridge_folds(bridge) else norm.weight
+        if label in ours:
+            truth = (scaled * gain * unembed).sum(-1).double().mean()
+            assert ours[label] == pytest.approx(float(truth), abs=1e-4), label
+            compared += 1
+    assert compared >= 7
