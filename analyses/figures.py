@@ -18,7 +18,6 @@ from matplotlib.ticker import (
     LogLocator,
     MaxNLocator,
     NullFormatter,
-    ScalarFormatter,
     SymmetricalLogLocator,
 )
 
@@ -125,9 +124,9 @@ def spread_out(ax: Axes, values: Sequence[float], *, linear: float | None = None
     most = float(np.median(size)) if linear is None else linear
     if size.max() > max(20 * most, 5 * float(np.median(size))):
         ax.set_yscale("symlog", linthresh=most)
-        if linear is not None:
-            ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=[1, 2, 5]))
-            ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.autoscale_view(scalex=False)  # or the margins would be those of the linear scale: none at the upper end
+        ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=most, subs=[1, 2, 5]))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def wrapped(text: str, inches: float) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import streamlens as sl
-from streamlens.analyses.figures import wrapped
+from streamlens.analyses.figures import axes, spread_out, wrapped
 from streamlens.analyses.gradient import graph as gradient_graph
 from streamlens.analyses.gradient.door import GradientFlow, gradient_flow
 from streamlens.analyses.gradient.graph import Graph, graphs, open_graph
@@ -229,6 +229,17 @@ def test_no_line_of_a_title_holds_one_last_word() -> None:
         lines = wrapped(words, inches).splitlines()
         assert " ".join(lines) == words
         assert max(map(len, lines)) - len(lines[-1]) <= 15, lines
+
+
+def test_on_an_axis_that_is_spread_out_the_largest_value_stands_below_the_frame() -> None:
+    ax = axes(None)
+    values = [0.38, 0.007, 0.005, 0.016]
+    ax.plot(values, "o")
+    spread_out(ax, values)
+    assert ax.get_yscale() == "symlog"
+    assert ax.get_ylim()[1] > 1.2 * max(values)
+    ticks = [tick for tick in ax.get_yticks() if 0 < tick < ax.get_ylim()[1]]
+    assert len(ticks) >= 4
 
 
 # ---- what cannot be done --------------------------------------------------------------------------------------------
