@@ -250,10 +250,8 @@ class PositionSums:
             for term, vectors in enumerate(_grouped(summands, bool(self._norms))):
                 if before.get(term) is not vectors:
                     taken = rectangle.take(vectors)
-                    even = taken[(fold % 2 == 0).to(taken.device)]
-                    _add(
-                        self.terms, (state, term), torch.stack([doubled(each.float()).sum(0) for each in (taken, even)])
-                    )
+                    chosen = (taken, taken[(fold % 2 == 0).to(taken.device)])
+                    _add(self.terms, (state, term), torch.stack([doubled(each).sum(0) for each in chosen]))
                 before[term] = vectors
 
     def _agree(self, part: int, table: Tensor | None) -> None:
