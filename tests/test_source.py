@@ -191,9 +191,9 @@ def test_a_source_has_its_own_stream_model_and_tokens() -> None:
             {"ragged": True},
         ):
             with pytest.raises(UsageError, match=f"{next(iter(given))} cannot be given with it"):
-                source_of(source, **given)  # type: ignore[arg-type]
+                source_of(source, **given)
             with pytest.raises(UsageError, match="cannot be given with it"):
-                sl.logit_lens(source, progress=False, **given)  # type: ignore[arg-type]
+                sl.logit_lens(source, progress=False, **given)
 
 
 def test_a_model_needs_no_other_model() -> None:

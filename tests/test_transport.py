@@ -11,7 +11,7 @@ from torch import Tensor
 from fixtures.recipe import D_MODEL
 from streamlens.analyses.frozen import FrozenNorm, stream_norms
 from streamlens.analyses.source import Source, source_of
-from streamlens.analyses.transport import BIAS, Summand, pulled_back, factors_of, transported
+from streamlens.analyses.transport import BIAS, Summand, factors_of, pulled_back, transported
 from streamlens.block import Block
 from streamlens.errors import MissingDataError
 from streamlens.proof import relative_error
