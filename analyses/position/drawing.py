@@ -91,11 +91,15 @@ def plot_origin(found: PositionResult, ax: Axes | None = None) -> Axes:
         ax.axhline(1, color=PALETTE["block"], linewidth=0.6, linestyle=":")
         ax.set_xlim(-0.5, len(x) - 0.5)
         integer_ticks(ax)
-        for k in np.flatnonzero(np.isnan(found.origin).all(axis=1)):
+        unknown = np.flatnonzero(np.isnan(found.origin).all(axis=1))
+        for k in unknown if len(unknown) < len(x) else ():
             ax.text(float(k), 0.02, "in its null band", rotation=90, ha="center", va="bottom", fontsize=6)
         finish(ax, x=STATE, y="Share of the positional part", title=found.title)
-        ax.set_ylim(top=ax.get_ylim()[1] * 1.35)
-        ax.legend(loc="upper left", ncols=2)
+        if len(unknown) == len(x):
+            ax.text(0.5, 0.5, "every state is within its null band", ha="center", transform=ax.transAxes)
+        else:
+            ax.set_ylim(top=ax.get_ylim()[1] * 1.35)
+            ax.legend(loc="upper left", ncols=2)
         return ax
 
 
