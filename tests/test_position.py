@@ -284,12 +284,6 @@ class TestOrigin:
         drawn = np.ma.filled(image.get_array().astype(float), np.nan)  # type: ignore[union-attr]
         np.testing.assert_array_equal(drawn.reshape(found.origin.T.shape), found.origin.T)
 
-    def test_a_stream_without_positions_has_a_figure_too(self) -> None:
-        found = case("gptj")
-        result = positional_persistence(found.module, inputs=found.inputs, progress=False)
-        assert np.isnan(result.origin).all()
-        assert [text.get_text() for text in result.plot_origin().texts] == ["every state is within its null band"]
-
 
 def _positional(states: Tensor) -> Any:
     means = states[:, 1:].double().mean(0)

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import streamlens as sl
 from streamlens.cli.app import main
-from tests.conftest import minilm, smollm2
+from tests.conftest import case, minilm, smollm2
 
 MODEL = str(Path(__file__).resolve().parent.parent / "fixtures" / "model.pt")
 SMALL = ["--window", "16", "--max-tokens", "512"]
@@ -34,6 +34,13 @@ def rows(result: Result) -> list[dict[str, Any]]:
     assert (payload["schema"], payload["command"]) == (1, "position")
     found: list[dict[str, Any]] = payload["rows"]
     return found
+
+
+def test_a_stream_without_positions_has_a_figure_too() -> None:
+    found = case("gptj")
+    result = sl.positional_persistence(found.module, inputs=found.inputs, progress=False)
+    assert np.isnan(result.origin).all()
+    assert [text.get_text() for text in result.plot_origin().texts] == ["every state is within its null band"]
 
 
 class TestCommand:
