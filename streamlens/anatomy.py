@@ -22,6 +22,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from streamlens.errors import FormatError, MissingDataError
@@ -231,6 +232,16 @@ class Anatomy:
             if stream.name == wanted:
                 return stream
         raise MissingDataError(f"no stream {wanted!r}; this model has {', '.join(s.name for s in self.streams)}")
+
+    @cached_property
+    def widths(self) -> Mapping[Point, int]:
+        """Width of the tensor at each part, state and write: d_model of its stream."""
+        found: dict[Point, int] = {}
+        for stream in self.streams:
+            points = [p.point for p in stream.parts] + [s.write for s in stream.sublayers]
+            points += [point for state in stream.states for point in (state.used, state.made)]
+            found |= {point: stream.d_model for point in points if point is not None}
+        return found
 
     def to_json(self) -> str:
         """Serialise; `from_json` gives back an equal anatomy."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from streamlens.anatomy import Anatomy, Bypass, Point, Stream
+from streamlens.anatomy import Anatomy, Point, Stream
 from streamlens.calling import check_inputs, invoke, without_cache
-from streamlens.discovery.bypass import FLAT, STATE
 from streamlens.errors import UsageError
 from streamlens.interception import Interception, Reaction
 from streamlens.observation import StopForward, tokens
+from streamlens.passing import passing_over
 
 Change = Callable[[Tensor], Tensor]
 """From the tensor at a point, (doc, position, d_model) in the model's own layout, to what takes its place."""
@@ -30,7 +30,9 @@ def edit(
 ) -> Interception:
     """Return a context in which writes and states of a stream are changed. Edits compose by nesting.
 
-    A changed state is what all later sublayers read and what is carried on; a changed write is what is added.
+    A changed state is what all later sublayers read and what is carried on; a changed write is what is added. Every
+    forward pass in the context must come to each of them: one that takes another way through the model than the
+    inputs of `discover` is refused at its end.
 
     Args:
         module: the model.
@@ -41,6 +43,7 @@ def edit(
 
     Raises:
         UsageError: an index out of range, or x_0 where it is the model's own input.
+        AnatomyError: in a pass: something to change was not met.
 
     Example:
         >>> import torch
@@ -94,6 +97,7 @@ def run_from(
 
     Raises:
         UsageError: an index out of range.
+        AnatomyError: with these inputs the model does not come to the state.
     """
     found = anatomy.stream(stream)
     _check(index, len(found.states), "state", found)
@@ -139,6 +143,7 @@ def run_between(
 
     Raises:
         UsageError: an index out of range, or `stop` before `start`.
+        AnatomyError: with these inputs the model does not come to the states.
 
     Example:
         >>> import torch
@@ -170,46 +175,6 @@ def run_between(
         run_from(module, anatomy, start, state, inputs, stream=found.name)
     docs, positions = state.shape[:2]
     return tokens(reached[0], found, docs, positions)
-
-
-@contextmanager
-def passing_over(module: nn.Module, stream: Stream, index: int, filler: Tensor) -> Iterator[None]:
-    """Leave out, while the context lasts, the module executions that a run from state `index` does not need."""
-    paths = dict(module.named_modules())
-    planned: dict[str, dict[int, Bypass]] = {}
-    for bypass in stream.bypasses:
-        if index >= bypass.state:
-            planned.setdefault(bypass.module, {})[bypass.visit] = bypass
-    with ExitStack() as stack:
-        for path, visits in planned.items():
-            stack.enter_context(_skipped(paths[path], visits, filler))
-        yield
-
-
-@contextmanager
-def _skipped(module: nn.Module, visits: Mapping[int, Bypass], filler: Tensor) -> Iterator[None]:
-    original, own = module.forward, module.__dict__.get("forward")
-    count = 0
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        bypass = visits.get(count)
-        count += 1
-        return original(*args, **kwargs) if bypass is None else _fill(bypass.output, filler)
-
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
-def _fill(template: Any, filler: Tensor) -> Any:
-    if template in (STATE, FLAT):
-        return filler if template == STATE else filler.reshape(-1, filler.shape[-1])
-    return tuple(_fill(t, filler) for t in template) if isinstance(template, tuple) else template
 
 
 def _signed(change: Change, sign: float) -> Change:

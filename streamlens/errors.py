@@ -28,7 +28,7 @@ class CorpusError(StreamlensError, ValueError):
 
 
 class AnatomyError(StreamlensError, ValueError):
-    """A model whose residual stream could not be found: the message names the addition or shape that puzzled."""
+    """A residual stream that could not be found, or not be found again: the message names what puzzled."""
 
 
 class MissingDataError(StreamlensError, LookupError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 
 from einops import rearrange
 from jaxtyping import Float
@@ -71,14 +72,38 @@ def tokens(
     return tensor.broadcast_to(docs, positions, width)
 
 
-def observing(module: nn.Module, anatomy: Anatomy, observer: Observer, *, mixes: bool = False) -> Interception:
+class _Observing(Interception):
+    """An interception that an observer may end early, once it has everything: so it must have everything."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, StopForward):
+                self.demand()
+        finally:
+            super().__exit__(kind, error, trace)
+
+
+def observing(
+    module: nn.Module,
+    anatomy: Anatomy,
+    observer: Observer,
+    *,
+    mixes: bool = False,
+    streams: Collection[str] | None = None,
+) -> Interception:
     """Return a context in which `observer` receives what each forward pass of `module` does.
 
     Args:
         module: the model.
         anatomy: its anatomy.
-        observer: who receives the tensors.
+        observer: who receives the tensors. If it ends a pass early, it must have received everything.
         mixes: whether to look at the value mixes, too.
+        streams: names of the streams to look at; by default all.
+
+    Raises:
+        AnatomyError: in a pass: something to look at was not met (see `Interception`).
     """
     reactions: dict[Point, list[Reaction]] = {}
 
@@ -87,9 +112,10 @@ def observing(module: nn.Module, anatomy: Anatomy, observer: Observer, *, mixes:
             reactions.setdefault(point, []).append(_looking(receive))
 
     for stream in anatomy.streams:
-        _look_at(stream, observer, look, mixes)
+        if streams is None or stream.name in streams:
+            _look_at(stream, observer, look, mixes)
     joined = {point: _in_turn(several) for point, several in reactions.items()}
-    return Interception(module, anatomy, joined, observer.settled)
+    return _Observing(module, anatomy, joined, observer.settled)
 
 
 def _look_at(
@@ -160,6 +186,10 @@ class Observation(Observer):
 @contextmanager
 def observe(module: nn.Module, anatomy: Anatomy, *, mixes: bool = False) -> Iterator[Observation]:
     """Keep what a forward pass reads from and writes into its streams.
+
+    Raises:
+        AnatomyError: in a pass: something to look at was not met, as when these inputs take another way through the
+            model than those it was discovered on.
 
     Example:
         >>> import torch

@@ -32,13 +32,10 @@ class _Gatherer(Observer):
         self._replay = Replay(stream, parameters, self.verdict, _keeping(self.norms, stream, self._shape))
 
     def part(self, stream: Stream, index: int, tensor: Tensor) -> None:
-        if stream.name == self.stream.name:
-            self._replay.part(index, tensor)
-            self.parts[index] = self._kept(tensor)
+        self._replay.part(index, tensor)
+        self.parts[index] = self._kept(tensor)
 
     def state(self, stream: Stream, index: int, tensor: Tensor) -> None:
-        if stream.name != self.stream.name:
-            return
         self._replay.state(index, tensor)
         self.states[index] = self._kept(tensor)
         if index == 0 and stream.parts[0].point is None:
@@ -47,14 +44,12 @@ class _Gatherer(Observer):
             raise StopForward  # neither the head nor what another stream does later is needed
 
     def write(self, stream: Stream, index: int, tensor: Tensor) -> None:
-        if stream.name == self.stream.name:
-            self._replay.write(index, tensor)
-            self.writes[index] = self._kept(tensor)
+        self._replay.write(index, tensor)
+        self.writes[index] = self._kept(tensor)
 
     def value_mix(self, stream: Stream, index: int, tensor: Tensor) -> None:
-        if stream.name == self.stream.name:
-            laid_out = tokens(tensor, stream, *self._shape, mix_of=stream.sublayers[index])
-            self.mixes[index] = laid_out.flatten(0, 1).clone()
+        laid_out = tokens(tensor, stream, *self._shape, mix_of=stream.sublayers[index])
+        self.mixes[index] = laid_out.flatten(0, 1).clone()
 
     def settled(self) -> None:
         self._replay.settled()
@@ -89,7 +84,8 @@ def live_blocks(module: nn.Module, plan: Plan, stream: Stream) -> Iterator[Block
         seen = _Gatherer(stream, parameters, planned.load)
         with torch.no_grad(), eager_math():
             try:
-                with observing(module, plan.pilot.anatomy, seen, mixes=plan.choice.heads):
+                anatomy, names = plan.pilot.anatomy, (stream.name,)
+                with observing(module, anatomy, seen, mixes=plan.choice.heads, streams=names):
                     invoke(module, without_cache(module, planned.load.inputs()))
             except StopForward:
                 pass
