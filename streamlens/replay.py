@@ -11,7 +11,8 @@ References inside arguments are strings: ``@state``, ``@write:3``, ``@part:0``, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -191,6 +192,15 @@ def _resolve(text: str, known: Mapping[str, Tensor], parameters: Mapping[str, Te
     if found is None:
         raise FormatError(f"the recorded step refers to {text!r}, which is not there: the file is incomplete")
     return found
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the narrowest dtype that holds numbers of all of these dtypes without loss; there is at least one.
+
+    >>> widest([torch.float16, torch.float16]), widest([torch.bfloat16, torch.float16])
+    (torch.float16, torch.float32)
+    """
+    return reduce(torch.promote_types, set(dtypes))
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -24,7 +24,7 @@ from tests.conftest import Case, case
 
 DOCS = 3
 DTYPES = [torch.float32, torch.bfloat16]
-HALF = ["gpt2", "llama", "gemma2", "gptj", "granite", "olmo2", "bert", "t5", "user_post_norm", "deepnorm"]
+HALF = ["mamba", "gpt2", "llama", "gemma2", "gptj", "granite", "olmo2", "bert", "t5", "user_post_norm", "deepnorm"]
 EVERY = [*((name, torch.float32) for name in zoo.names()), *((name, torch.bfloat16) for name in HALF)]
 Branch = Callable[[Tensor], Tensor]
 

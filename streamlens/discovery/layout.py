@@ -30,7 +30,7 @@ def is_position_first(module: nn.Module, inputs: Inputs) -> bool:
     Documents never see each other, positions do: so the axis along which a change spreads is the position. With fake
     or meta weights there are no values to compare and (doc, position) is assumed.
     """
-    name, tokens = main_input(inputs)
+    tokens = main_input(inputs)[1]
     weights = next(module.parameters(), None)
     fake = weights is not None and (weights.is_meta or type(weights.data).__name__ == "FakeTensor")
     if fake or tokens.ndim not in (2, 3) or min(tokens.shape[:2]) < 2:
@@ -39,29 +39,44 @@ def is_position_first(module: nn.Module, inputs: Inputs) -> bool:
         plain = invoke(module, inputs)
         if plain.ndim < 3:
             return False
-        along_docs = invoke(module, _with(inputs, name, _changed(tokens, 1)))
+        along_docs = invoke(module, changed_at(inputs, 1, 0))
         if not torch.equal(plain[:, 1:], along_docs[:, 1:]):
             return False
-        along_positions = invoke(module, _with(inputs, name, _changed(tokens, 0)))
+        along_positions = invoke(module, changed_at(inputs, 0, 0))
     return not torch.equal(plain[1:], along_positions[1:])
 
 
-def _changed(tokens: Tensor, axis: int) -> Tensor:
+def changed_at(inputs: Inputs, axis: int, index: int) -> Inputs:
+    """Return inputs of which every token of one slice is another one, to see what depends on it.
+
+    Args:
+        inputs: forward's arguments; the main one holds ids, (..., ...), or embeddings, (..., ..., d_model).
+        axis: 0 or 1, the axis along which the slice is taken.
+        index: which slice.
+
+    Returns:
+        The same arguments with a changed copy of the main one.
+
+    Example:
+        >>> changed_at(torch.tensor([[7, 7], [7, 7]]), 1, 0)
+        tensor([[6, 7],
+                [6, 7]])
+    """
+    name, tokens = main_input(inputs)
     changed = tokens.clone()
-    part = changed.select(axis, 0)
+    part = changed.select(axis, index)
     if tokens.is_floating_point():
+        # Not one number for all: a norm would take that away again.
         part.add_(1.0 + torch.arange(part.shape[-1], device=part.device) / part.shape[-1])
     else:
         low, high = tokens.min(), tokens.max()
+        if low == high:  # the id next to it: below, since only those are sure to be in the vocabulary
+            low = high - 1 if high > 0 else high + 1
         part.copy_(torch.where(part == high, low, high))
-    return changed
-
-
-def _with(inputs: Inputs, name: str | None, tokens: Tensor) -> Inputs:
     if isinstance(inputs, Mapping):
         assert name is not None
-        return {**inputs, name: tokens}
-    return tokens
+        return {**inputs, name: changed}
+    return changed
 
 
 def with_mix_layouts(module: nn.Module, stream: Stream) -> Stream:

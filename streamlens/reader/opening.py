@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from streamlens.anatomy import Anatomy
+from streamlens.anatomy import Anatomy, Stream
 from streamlens.block import Block
 from streamlens.errors import FormatError, MissingDataError, UsageError
 from streamlens.reader.mapped import MappedFile
-from streamlens.reader.stream import Key, StreamView
+from streamlens.reader.stream import Key, OwnDtypes, StreamView
+from streamlens.replay import dtype_named
 from streamlens.store.hdf5 import open_description
 from streamlens.store.integrity import Recorded, read_recorded
 from streamlens.store.layout import PARTIAL_SUFFIX, human_bytes
@@ -88,6 +89,7 @@ class Capture:
         attrs: Mapping[str, Any],
         anatomy: Anatomy,
         stored: Mapping[str, Sequence[int]],
+        own_dtypes: Mapping[str, OwnDtypes],
     ) -> None:
         """Use `open_capture`."""
         self.path = path
@@ -97,7 +99,8 @@ class Capture:
         self._file = MappedFile(path, recorded.extents)
         blocks = [b for b, done in zip(recorded.layout.blocks, recorded.proof["done"], strict=True) if done == 1]
         self.streams: dict[str, StreamView] = {
-            name: StreamView(self._file, anatomy.stream(name), rows, blocks) for name, rows in stored.items()
+            name: StreamView(self._file, anatomy.stream(name), rows, blocks, own_dtypes[name])
+            for name, rows in stored.items()
         }
 
     @property
@@ -245,13 +248,15 @@ def open_capture(path: str | Path, *, allow_partial: bool = False) -> Capture:
         attrs = {key: value.item() if isinstance(value, np.generic) else value for key, value in file.attrs.items()}
         groups = file.get("streams", {})
         texts = {str(name): str(groups[name].attrs["stored"]) for name in groups}
+        kinds = {str(name): groups[name].attrs.get("own_dtypes") for name in groups}
     if "anatomy" not in attrs or not texts:
         raise FormatError(f"{path} is a capture file without a stream; it was not written by `streamlens capture`")
     if not allow_partial and not (recorded.proof["done"] == 1).all():
         raise FormatError(f"{path} lacks blocks although it has a finished name; rename it to {path}{PARTIAL_SUFFIX}")
     anatomy = Anatomy.from_json(str(attrs["anatomy"]))
     stored = {name: _stored_rows(path, anatomy, name, text, recorded) for name, text in texts.items()}
-    return Capture(path, recorded, attrs, anatomy, stored)
+    own_dtypes = {name: _own_dtypes(path, anatomy.stream(name), text) for name, text in kinds.items()}
+    return Capture(path, recorded, attrs, anatomy, stored, own_dtypes)
 
 
 def _stored_rows(path: Path, anatomy: Anatomy, name: str, text: str, recorded: Recorded) -> list[int]:
@@ -265,6 +270,23 @@ def _stored_rows(path: Path, anatomy: Anatomy, name: str, text: str, recorded: R
         pass  # told below, like rows that do not fit
     raise FormatError(
         f"{path}: the attribute `stored` of stream {name!r} does not fit its writes: the file was altered"
+    )
+
+
+def _own_dtypes(path: Path, stream: Stream, text: object) -> OwnDtypes:
+    """Return the model's own dtype of each embedding part, write and state; nothing for a file that does not tell."""
+    if text is None:
+        return {}
+    counts = {"embed": len(stream.parts), "write": len(stream.sublayers), "state": len(stream.states)}
+    try:
+        found = {kind: tuple(dtype_named(name) for name in names) for kind, names in json.loads(str(text)).items()}
+        floating = all(dtype.is_floating_point for dtypes in found.values() for dtype in dtypes)
+        if floating and {kind: len(dtypes) for kind, dtypes in found.items()} == counts:
+            return found
+    except (ValueError, TypeError, AttributeError, FormatError):
+        pass  # told below, like dtypes that do not fit
+    raise FormatError(
+        f"{path}: the attribute `own_dtypes` of stream {stream.name!r} does not fit its anatomy: the file was altered"
     )
 
 

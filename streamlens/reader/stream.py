@@ -12,10 +12,13 @@ from streamlens.anatomy import Stream, Sublayer
 from streamlens.block import Block, LazyRows, LazyTable, NormStatistics
 from streamlens.errors import MissingDataError
 from streamlens.reader.mapped import MappedFile
-from streamlens.replay import replay_states
+from streamlens.replay import replay_states, widest
 
 Key = str | int | slice
 """How to name sublayers: a label such as ``3_attn_out``, an index, or a slice of indices."""
+
+OwnDtypes = Mapping[str, Sequence[torch.dtype]]
+"""The model's own dtypes of the parts (``embed``), of the writes (``write``) and of the states (``state``)."""
 
 
 class StreamView:
@@ -23,6 +26,9 @@ class StreamView:
 
     A narrowed capture (``--layers``, ``--kinds``) holds the sublayers in `stored` alone; asking for another raises
     `MissingDataError`. In a compact capture reads and states are computed by exact replay, block by block.
+
+    A model may mix dtypes. One tensor comes in the model's own dtype, several in one that holds each without loss; a
+    tensor that is stored in a wider dtype than its own is copied.
     """
 
     def __init__(
@@ -31,8 +37,10 @@ class StreamView:
         anatomy: Stream,
         stored: Sequence[int],
         blocks: Sequence[tuple[int, int]],
+        own_dtypes: OwnDtypes,
     ) -> None:
         """Use `Capture.stream`."""
+        self._own_dtypes = own_dtypes
         self.anatomy = anatomy
         self.stored = tuple(stored)
         self._file = file
@@ -59,6 +67,11 @@ class StreamView:
     def dtype(self) -> torch.dtype:
         """The type of the writes."""
         return self.writes.dtype
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The narrowest type that holds every state."""
+        return widest(self._own_dtypes.get("state", [self.final.dtype]))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -111,7 +124,9 @@ class StreamView:
         Raises:
             MissingDataError: no such sublayer, or it is not stored.
         """
-        return _pick(self.writes, self._rows(key))
+        rows = self._rows(key)
+        found = _pick(self.writes, rows)
+        return self._own("write", self.stored[rows], found) if isinstance(rows, int) else found
 
     def read(self, key: Key) -> Tensor:
         """Return the states that sublayers read, before their norm; like `write`. Computed in a compact capture.
@@ -120,11 +135,11 @@ class StreamView:
             MissingDataError: no such sublayer, or it is not stored.
         """
         rows = self._rows(key)
+        if isinstance(rows, int):
+            return self.state(self.anatomy.sublayers[self.stored[rows]].read)
         if not self.compact:
             return _pick(self.reads, rows)
-        chosen = [rows] if isinstance(rows, int) else rows
-        found = self._replayed([self.anatomy.sublayers[self.stored[row]].read for row in chosen])
-        return found[0] if isinstance(rows, int) else found
+        return self._replayed([self.anatomy.sublayers[self.stored[row]].read for row in rows])
 
     def layer(self, layer: int) -> dict[str, Tensor]:
         """Return the writes of one layer by label, each (token, d_model).
@@ -147,7 +162,7 @@ class StreamView:
         chosen = labels[0] if part is None and len(labels) == 1 else part
         if chosen not in labels:
             raise MissingDataError(f"stream {self.name!r} has the embedding parts {', '.join(labels)}, not {part!r}")
-        return self._file.view(f"{self._base}/embed/{chosen}")
+        return self._own("embed", labels.index(chosen), self._file.view(f"{self._base}/embed/{chosen}"))
 
     def value_mix(self, key: str | int) -> Tensor:
         """Return the heads' outputs side by side as they enter an attention's output projection, (token, width).
@@ -169,10 +184,10 @@ class StreamView:
         index = self._state_index(key)
         place = self._stored_state(index)
         if place is None:
-            return self._replayed([index])[0]
+            return self._own("state", index, self._replayed([index])[0])
         name, row = place
         whole = self._file.view(name)
-        return whole if row is None else whole[row]
+        return self._own("state", index, whole if row is None else whole[row])
 
     def holds_state(self, index: int) -> bool:
         """Tell whether state x_index is stored as such, not computed from the writes."""
@@ -189,15 +204,18 @@ class StreamView:
     def _block(self, start: int, stop: int) -> Block:
         file, base = self._file, self._base
         names = [f"{base}/embed/{part.label}" for part in self.anatomy.parts]
-        parts = LazyRows(len(names), lambda i: file.part(names[i], None, start, stop))
-        count = len(self.anatomy.sublayers)
-        writes = LazyRows(count, lambda i: file.part(f"{base}/write", self._held(i), start, stop))
+        parts = LazyRows(len(names), lambda i: self._own("embed", i, file.part(names[i], None, start, stop)))
+
+        def write(index: int) -> Tensor:
+            return self._own("write", index, file.part(f"{base}/write", self._held(index), start, stop))
+
+        writes = LazyRows(len(self.anatomy.sublayers), write)
         replayed: list[Tensor] = []
 
         def state(index: int) -> Tensor:
             place = self._stored_state(index)
             if place is not None:
-                return file.part(*place, start, stop)
+                return self._own("state", index, file.part(*place, start, stop))
             if not replayed:
                 replayed.extend(self._replay(parts, writes))
             return replayed[index]
@@ -215,19 +233,25 @@ class StreamView:
         norms, mixes = LazyRows(len(self.anatomy.norms), norm), LazyTable(self._mixed, mix)
         return Block(start, stop, ids, doc, position, parts, states, writes, norms, mixes)
 
+    def _own(self, kind: str, index: int, tensor: Tensor) -> Tensor:
+        """Return a tensor in the model's own dtype: what is replayed or run from another one rounds otherwise."""
+        dtypes = self._own_dtypes.get(kind)
+        return tensor if dtypes is None else tensor.to(dtypes[index])
+
     def _replay(self, parts: Sequence[Tensor], writes: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
             # Fetched here, so that a narrowed capture says what it lacks before anything is computed.
             return replay_states(self.anatomy, list(parts), list(writes), self.constants)
 
     def _replayed(self, states: Sequence[int]) -> Tensor:
-        """Return (state, token, d_model), rebuilt block by block."""
+        """Return (state, token, d_model), rebuilt block by block, in the dtype in which reads are stored or wider."""
         found = torch.zeros(0)
         for block in self.blocks():
             rebuilt = self._replay(block.parts, block.writes)
             if not found.numel():
                 n_tokens = self.final.shape[0]
-                found = torch.zeros(len(states), n_tokens, self.anatomy.d_model, dtype=rebuilt[0].dtype)
+                dtype = widest(rebuilt[k].dtype for k in [*states, *(s.read for s in self.anatomy.sublayers)])
+                found = torch.zeros(len(states), n_tokens, self.anatomy.d_model, dtype=dtype)
             for row, index in enumerate(states):
                 found[row, block.start : block.stop] = rebuilt[index]
         return found

@@ -72,7 +72,7 @@ def verify(path: str | Path, *, on_block: Callable[[int, int], None] | None = No
         blocks = exact = states = 0
         limit = float("inf")
         for view in capture.streams.values():
-            limit = min(limit, bound(view.dtype))
+            limit = min(limit, bound(view.state_dtype))
             compared, own_blocks, own_exact = _add_up(view, verdict, on_block)
             states, blocks, exact = states + compared, blocks + own_blocks, exact + own_exact
         where = "" if not verdict.stream else place(capture.anatomy.stream(verdict.stream), verdict.state)

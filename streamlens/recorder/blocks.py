@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from streamlens.anatomy import Anatomy, Stream
 from streamlens.calling import eager_math, invoke, without_cache
+from streamlens.errors import ProofError
 from streamlens.observation import Observer, StopForward, observing, tokens
 from streamlens.proof import OnNorm, Replay, Verdict, norm_statistics
 from streamlens.recorder.pilot import first_weight
 from streamlens.recorder.plan import Block, Plan
+from streamlens.store.layout import dtype_name
 from streamlens.store.transfer import Transfer
 from streamlens.store.writer import CaptureWriter
 
@@ -41,11 +43,13 @@ class _Recorder(Observer):
         self._last = plan.pilot.anatomy.stream().name
 
     def part(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        self._demand_dtype(stream, "embed", index, tensor)
         self.replays[stream.name].part(index, tensor)
         if stream.name in self._rows:
             self._send(stream, f"embed/{stream.parts[index].label}", None, tensor)
 
     def state(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        self._demand_dtype(stream, "state", index, tensor)
         self.replays[stream.name].state(index, tensor)
         if stream.name in self._rows:
             self._keep_state(stream, index, tensor)
@@ -64,6 +68,7 @@ class _Recorder(Observer):
                     self._send(stream, "read", row, tensor)
 
     def write(self, stream: Stream, index: int, tensor: Tensor) -> None:
+        self._demand_dtype(stream, "write", index, tensor)
         self.replays[stream.name].write(index, tensor)
         row = self._rows.get(stream.name, {}).get(index)
         if row is not None:
@@ -98,6 +103,16 @@ class _Recorder(Observer):
                 self.transfer.send(path, index, self.number, self._kept_rows(value))
 
         return send
+
+    def _demand_dtype(self, stream: Stream, kind: str, index: int, tensor: Tensor) -> None:
+        """Refuse what would be rounded on its way to the file: the proof looks at it before that."""
+        expected = self.plan.pilot.own_dtypes[stream.name][kind][index]
+        if tensor.dtype != expected:
+            raise ProofError(
+                f"{kind} {index} of stream {stream.name!r} is {dtype_name(tensor.dtype)} in block {self.number} and "
+                f"was {dtype_name(expected)} in the pilot: the model chooses its dtype by the size of a batch. "
+                "Capture with a smaller batch_tokens, or without autocast"
+            )
 
     @property
     def _shape(self) -> tuple[int, int]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamlens.anatomy import Anatomy, Stream
 from streamlens.calling import Inputs, eager_math, invoke, without_cache
-from streamlens.discovery.layout import main_input
+from streamlens.discovery.layout import changed_at, main_input
 from streamlens.discovery.streams import discover
 from streamlens.edits import run_from
 from streamlens.errors import ProofError
 from streamlens.observation import Observation, observing, tokens
 from streamlens.proof import Replay, Verdict, same_bits
+from streamlens.replay import widest
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Pilot:
 
     anatomy: Anatomy
     dtypes: Mapping[str, torch.dtype]
-    """Storage dtype of each kind of tensor, by ``stream/what``."""
+    """Storage dtype of each kind of tensor, by ``stream/what``: it holds every one of that kind without loss."""
+    own_dtypes: Mapping[str, Mapping[str, tuple[torch.dtype, ...]]]
+    """The model's own dtype of each embedding part, write and state, by stream and kind: replay needs to know."""
     mix_widths: Mapping[str, Mapping[int, int]]
     """Width of each value mix, by stream and sublayer."""
     positions: Mapping[str, int]
@@ -92,38 +94,50 @@ def fly(module: nn.Module, inputs: Inputs, anatomy: Anatomy | None = None) -> Pi
 
 def _report(module: nn.Module, inputs: Inputs, anatomy: Anatomy, trial: _Trial, output: Tensor) -> Pilot:
     dtypes: dict[str, torch.dtype] = {}
+    own: dict[str, dict[str, tuple[torch.dtype, ...]]] = {}
     widths: dict[str, dict[int, int]] = {}
     positions: dict[str, int] = {}
     docs = main_input(inputs)[1].shape[1 if anatomy.stream().position_first else 0]
     for stream in anatomy.streams:
         name = stream.name
-        states, writes = trial.states[name], trial.writes[name]
-        dtypes[f"{name}/read"] = dtypes[f"{name}/final"] = states[0].dtype
-        dtypes[f"{name}/write"] = next(iter(writes.values())).dtype
-        dtypes[f"{name}/embed"] = trial.parts[name][0].dtype
-        positions[name] = states[0].numel() // (docs * stream.d_model)
-        widths[name] = {s: t.shape[-1] for s, t in trial.value_mixes.get(name, {}).items()}
-        if widths[name]:
-            dtypes[f"{name}/value_mix"] = next(iter(trial.value_mixes[name].values())).dtype
+        first, mixes = trial.states[name][0], trial.value_mixes.get(name, {})
+        own[name] = _own_dtypes(stream, trial)
+        dtypes[f"{name}/read"] = widest(own[name]["state"][s.read] for s in stream.sublayers)
+        dtypes[f"{name}/final"] = own[name]["state"][-1]
+        dtypes[f"{name}/write"] = widest(own[name]["write"])
+        dtypes[f"{name}/embed"] = widest(own[name]["embed"])
+        positions[name] = first.numel() // (docs * stream.d_model)
+        widths[name] = {s: t.shape[-1] for s, t in mixes.items()}
+        if mixes:
+            dtypes[f"{name}/value_mix"] = widest(t.dtype for t in mixes.values())
     main = anatomy.stream()
     final = tokens(trial.states[main.name][len(main.steps)], main, docs, positions[main.name])
     headed = run_from(module, anatomy, len(main.steps), final, inputs)
     causal = _is_causal(module, inputs, output, main.position_first)
-    return Pilot(anatomy, dtypes, widths, positions, causal, same_bits(headed, output), trial.verdict)
+    return Pilot(anatomy, dtypes, own, widths, positions, causal, same_bits(headed, output), trial.verdict)
+
+
+def _own_dtypes(stream: Stream, trial: _Trial) -> dict[str, tuple[torch.dtype, ...]]:
+    """Models mix them: float32 states over bfloat16 writes (Mamba), or MLPs that are kept in float32 (T5)."""
+    usual = trial.states[stream.name][0].dtype  # of what was never seen, in a capture that is let through unproven
+    kinds = {
+        "embed": (trial.parts, len(stream.parts)),
+        "write": (trial.writes, len(stream.sublayers)),
+        "state": (trial.states, len(stream.states)),
+    }
+
+    def listed(seen: Mapping[int, Tensor], count: int) -> tuple[torch.dtype, ...]:
+        return tuple(seen[i].dtype if i in seen else usual for i in range(count))
+
+    return {kind: listed(seen.get(stream.name, {}), count) for kind, (seen, count) in kinds.items()}
 
 
 def _is_causal(module: nn.Module, inputs: Inputs, output: Tensor, position_first: bool) -> bool:
     """Change the last token and see whether the outputs before it stay as they were."""
-    name, old = main_input(inputs)
-    axis = 0 if position_first else 1
-    if old.ndim not in (2, 3) or output.ndim != 3 or output.shape[axis] != old.shape[axis] or old.shape[axis] < 2:
+    given, axis = main_input(inputs)[1], 0 if position_first else 1
+    if given.ndim not in (2, 3) or output.ndim != 3 or output.shape[axis] != given.shape[axis] or given.shape[axis] < 2:
         return False
-    new = old.clone()
-    new.select(axis, -1).copy_(old.select(axis, 0) if not old.is_floating_point() else old.select(axis, -1) + 1.0)
-    if torch.equal(new, old):
-        return False
-    changed: Any = new if name is None else {**inputs, name: new}  # type: ignore[dict-item]
-    after = invoke(module, changed)
+    after = invoke(module, changed_at(inputs, axis, -1))
     length = output.shape[axis] - 1
     return torch.equal(output.narrow(axis, 0, length), after.narrow(axis, 0, length))
 

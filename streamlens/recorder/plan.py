@@ -181,11 +181,14 @@ class Plan:
         return result
 
     def group_attrs(self) -> dict[str, dict[str, str]]:
-        """Return which sublayers each stream's rows are."""
+        """Return which sublayers each stream's rows are, and in which dtype the model itself has each tensor."""
         return {
             f"/streams/{stream.name}": {
                 "stored": json.dumps([s.index for s in self.rows[stream.name]]),
                 "dtype": dtype_name(self.pilot.dtypes[f"{stream.name}/write"]),
+                "own_dtypes": json.dumps(
+                    {k: [dtype_name(d) for d in found] for k, found in self.pilot.own_dtypes[stream.name].items()}
+                ),
             }
             for stream in self.streams
         }
