@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from streamlens.anatomy import Bypass, Stream
 from streamlens.discovery.bypass import FLAT, STATE
+from streamlens.replay import dtype_named
 
 
 class _PassingOver:
@@ -85,6 +86,10 @@ def _replaced(module: nn.Module, visits: Mapping[int, Bypass], filler: Tensor) -
 
 
 def _fill(template: Any, filler: Tensor) -> Any:
-    if template in (STATE, FLAT):
-        return filler if template == STATE else filler.reshape(-1, filler.shape[-1])
-    return tuple(_fill(t, filler) for t in template) if isinstance(template, tuple) else template
+    if isinstance(template, tuple):
+        return tuple(_fill(t, filler) for t in template)
+    kind, _, dtype = template.partition(":") if isinstance(template, str) else ("", "", "")
+    if kind not in (STATE, FLAT):
+        return template
+    laid_out = filler if kind == STATE else filler.reshape(-1, filler.shape[-1])
+    return laid_out.to(dtype_named(dtype)) if dtype else laid_out

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from streamlens.anatomy import Bypass
 from streamlens.discovery.graph import MATMULS, Graph, base_name
@@ -12,7 +15,19 @@ from streamlens.discovery.watch import Execution, Ref
 
 _NOT_PLAIN = object()
 STATE, FLAT = "@state", "@flat"
-"""Stand-ins for what a bypassed execution returns: a state in the model's layout, or flattened to (token, d_model)."""
+"""Stand-ins for what a bypassed execution returns: a state in the model's layout, or flattened to (token, d_model).
+
+Where a model mixes dtypes the execution's own follows, as in ``@state:float16``: what still runs may insist on it.
+"""
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """What the states of a stream look like."""
+
+    size: tuple[int, int]
+    """Number of elements, and width."""
+    dtypes: set[torch.dtype]
 
 
 def find(graph: Graph, states: Sequence[int]) -> tuple[Bypass, ...]:
@@ -27,14 +42,14 @@ def find(graph: Graph, states: Sequence[int]) -> tuple[Bypass, ...]:
     ]
     found: dict[tuple[str, int], Bypass] = {}
     shape = graph.nodes[states[0]].shape
-    size = math.prod(shape), shape[-1]
+    looks = _Looks((math.prod(shape), shape[-1]), {graph.nodes[state].dtype for state in states})
     for index, state in enumerate(states):
         needed = _needed(graph, state)
         for execution in heavy:
             key = (execution.frame.module, execution.frame.visit)
             if key in found or any(needed[execution.first : execution.last]):
                 continue
-            output = _stand_in(graph, execution, execution.output, size)
+            output = _stand_in(graph, execution, execution.output, looks)
             if output is not _NOT_PLAIN:
                 found[key] = Bypass(*key, index, output)
     return tuple(found.values())
@@ -69,15 +84,16 @@ def _needed(graph: Graph, state: int) -> list[bool]:
     return needed
 
 
-def _stand_in(graph: Graph, execution: Execution, output: Any, size: tuple[int, int]) -> Any:
-    """Return what may be handed out in place of `output`, given a state's number of elements and width."""
+def _stand_in(graph: Graph, execution: Execution, output: Any, looks: _Looks) -> Any:
+    """Return what may be handed out in place of `output`, given what a state looks like."""
     if isinstance(output, Ref):
-        shape = graph.nodes[output.node].shape
-        if (math.prod(shape), shape[-1] if shape else 0) == size:
-            return FLAT if len(shape) == 2 else STATE
+        shape, dtype = graph.nodes[output.node].shape, graph.nodes[output.node].dtype
+        if (math.prod(shape), shape[-1] if shape else 0) == looks.size:
+            cast = "" if looks.dtypes == {dtype} else f":{str(dtype).removeprefix('torch.')}"
+            return (FLAT if len(shape) == 2 else STATE) + cast
         return _NOT_PLAIN if _escapes(graph, execution, output.node) else None
     if isinstance(output, tuple):
-        inner = tuple(_stand_in(graph, execution, o, size) for o in output)
+        inner = tuple(_stand_in(graph, execution, o, looks) for o in output)
         return _NOT_PLAIN if any(o is _NOT_PLAIN for o in inner) else inner
     return None if output is None else _NOT_PLAIN
 
