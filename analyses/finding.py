@@ -41,7 +41,7 @@ def find_model(
     >>> import streamlens as sl
     >>> from fixtures import zoo
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = sl.pack(sl.load(zoo.build("nanogpt").module), f"{folder}/model.pt")
+    ...     path = sl.pack(sl.load(zoo.build("gpt2").module), f"{folder}/model.pt")
     ...     with sl.capture(path, out=f"{folder}/x.h5", max_tokens=16, progress=False) as capture:
     ...         find_model(capture).sha256 == capture.attrs["model_sha256"]
     True

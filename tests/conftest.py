@@ -43,7 +43,7 @@ class Case:
 
 @cache
 def case(name: str, dtype: torch.dtype = torch.float32) -> Case:
-    """Build a specimen of the zoo and discover its anatomy."""
+    """Build a specimen of the zoo and discover its anatomy; all tests of a process share it, so leave it as it is."""
     specimen = zoo.build(name)
     given: Any = specimen.inputs.get("", dict(specimen.inputs))
     module = specimen.module.to(dtype)

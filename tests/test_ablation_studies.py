@@ -109,7 +109,7 @@ def test_constant_writes_do_not_interact_in_a_linear_score() -> None:
     """T-D7: the logit of the target is linear in what is written, so there is a direct effect and nothing else."""
     found = effects(constant_net(), **PLANTED)
     np.testing.assert_allclose(found.means["indirect"], 0.0, atol=1e-9)
-    assert (np.abs(found.means["direct"]) > 1e-3).all()
+    assert np.abs(found.means["direct"]).max() > 0.1
     source = source_of(constant_net(), **{k: v for k, v in PLANTED.items() if k != "progress"})
     runs = next(iter_runs(source))
     layers = every(source.stream, "layers")

@@ -169,23 +169,20 @@ def test_heads_behind_a_norm_against_a_plain_loop(name: str) -> None:
 def test_heads_in_other_precisions(name: str, dtype: torch.dtype) -> None:
     """Weights are the model's own to the last bit, biases or not; the sum is the write as far as it was rounded."""
     found = case(name, dtype)
-    try:
-        source = source_of(wrap(found.module, name, {}), inputs=found.inputs, heads=True)
-        learned, block = projections(source), next(iter(source.blocks()))
-        for index, projection in learned.items():
-            heads, rest = projection.split(block.mixes[index], block.writes[index])
-            exact = dtype == torch.float64 and name not in NORMED  # these norms compute in float32
-            allowed = 1e-12 if exact else 1e-6 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
-            assert relative(heads.sum(1) + rest, block.writes[index].to(heads)) < allowed
-        if name in ("gpt2", "bert"):
-            place = {"gpt2": "transformer.h.1.attn.c_proj", "bert": "bert.encoder.layer.1.attention.output.dense"}
-            weight: Any = found.module.get_submodule(place[name]).weight
-            own = weight.T if name == "bert" else weight
-            index = found.anatomy.stream().find("1_attn_out").index
-            rows = learned[index].weight.flatten(0, 1)
-            torch.testing.assert_close(rows, own.detach().to(rows), rtol=0.5 * torch.finfo(dtype).eps, atol=1e-5)
-    finally:
-        found.module.to(torch.float32)
+    source = source_of(wrap(found.module, name, {}), inputs=found.inputs, heads=True)
+    learned, block = projections(source), next(iter(source.blocks()))
+    for index, projection in learned.items():
+        heads, rest = projection.split(block.mixes[index], block.writes[index])
+        exact = dtype == torch.float64 and name not in NORMED  # these norms compute in float32
+        allowed = 1e-12 if exact else 1e-6 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+        assert relative(heads.sum(1) + rest, block.writes[index].to(heads)) < allowed
+    if name in ("gpt2", "bert"):
+        place = {"gpt2": "transformer.h.1.attn.c_proj", "bert": "bert.encoder.layer.1.attention.output.dense"}
+        weight: Any = found.module.get_submodule(place[name]).weight
+        own = weight.T if name == "bert" else weight
+        index = found.anatomy.stream().find("1_attn_out").index
+        rows = learned[index].weight.flatten(0, 1)
+        torch.testing.assert_close(rows, own.detach().to(rows), rtol=0.5 * torch.finfo(dtype).eps, atol=1e-5)
 
 
 @pytest.mark.real

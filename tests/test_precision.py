@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,55 +16,46 @@ from streamlens.analyses.transport import demand_sum, factors_of
 from streamlens.analyses.unembedding import Unembedding
 from streamlens.errors import MissingDataError
 from streamlens.recorder.pilot import parameters_of
-from tests.conftest import Case, case
+from tests.conftest import case
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 QUIET: dict[str, Any] = {"progress": False}
 
 
-@contextmanager
-def cast(name: str, dtype: torch.dtype) -> Iterator[Case]:
-    """A specimen in another dtype, which is undone: others use the module, too."""
-    try:
-        yield case(name, dtype)
-    finally:
-        case(name).module.to(torch.float32)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["bert", "user_post_norm", "roberta", "deepnorm"])
 def test_norms_on_the_stream_are_the_models_own_numbers(name: str, dtype: torch.dtype) -> None:
-    with cast(name, dtype) as found:
-        parameters = parameters_of(found.module)
-        stream = found.anatomy.stream()
-        norms = stream_norms(stream, parameters)
-        assert norms
-        for norm in stream.norms:
-            if norm.state is None:
-                continue
-            assert norm.weight is not None
-            assert norm.bias is not None
-            own = norms[norm.state]
-            assert own.gain.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-            assert torch.equal(own.gain, parameters[norm.weight].detach().to(own.gain.dtype))
-            assert torch.equal(own.bias, parameters[norm.bias].detach().to(own.gain.dtype))
+    found = case(name, dtype)
+    parameters = parameters_of(found.module)
+    stream = found.anatomy.stream()
+    norms = stream_norms(stream, parameters)
+    assert norms
+    for norm in stream.norms:
+        if norm.state is None:
+            continue
+        assert norm.weight is not None
+        assert norm.bias is not None
+        own = norms[norm.state]
+        assert own.gain.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.equal(own.gain, parameters[norm.weight].detach().to(own.gain.dtype))
+        assert torch.equal(own.bias, parameters[norm.bias].detach().to(own.gain.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "olmo2"])
 def test_the_final_norm_is_the_models_own_numbers(name: str, dtype: torch.dtype) -> None:
     """Not read through outputs that half precision rounds: one part in 250 of every gain."""
-    with cast(name, dtype) as found:
-        stream = found.anatomy.stream()
-        located = final_norm(stream, found.module)
-        assert located is not None
-        norm = located[1]
-        module: Any = found.module.get_submodule(stream.norms[located[0]].module)
-        weight = module.weight.detach().to(norm.gain.dtype)
-        expected = 1.0 + weight if name == "gemma2" else weight
-        torch.testing.assert_close(norm.gain, expected, rtol=0, atol=1e-7 if name == "gemma2" else 0)
-        if name == "gpt2":
-            assert torch.equal(norm.bias, module.bias.detach().to(norm.gain.dtype))
+    found = case(name, dtype)
+    stream = found.anatomy.stream()
+    located = final_norm(stream, found.module)
+    assert located is not None
+    norm = located[1]
+    module: Any = found.module.get_submodule(stream.norms[located[0]].module)
+    weight = module.weight.detach().to(norm.gain.dtype)
+    expected = 1.0 + weight if name == "gemma2" else weight
+    torch.testing.assert_close(norm.gain, expected, rtol=0, atol=1e-7 if name == "gemma2" else 0)
+    if name == "gpt2":
+        assert torch.equal(norm.bias, module.bias.detach().to(norm.gain.dtype))
 
 
 def test_a_frozen_norm_follows_what_it_is_applied_to() -> None:
@@ -80,12 +69,12 @@ def test_a_frozen_norm_follows_what_it_is_applied_to() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["bert", "user_post_norm", "roberta", "llama", "scaled_skip_parameter"])
 def test_shares_sum_to_one(name: str, dtype: torch.dtype) -> None:
-    with cast(name, dtype) as found:
-        result = sl.contribution_norms(found.module, inputs=found.inputs, **QUIET)
-        own = [i for i, c in enumerate(result.contributions) if c.kind not in OVERLAPPING]
-        # Statistics of norms are stored in float32, whatever the model is in.
-        allowed = max(1e-6, 4 * torch.finfo(dtype).eps)
-        assert result.column("projection_share")[own].sum() == pytest.approx(1.0, abs=allowed)
+    found = case(name, dtype)
+    result = sl.contribution_norms(found.module, inputs=found.inputs, **QUIET)
+    own = [i for i, c in enumerate(result.contributions) if c.kind not in OVERLAPPING]
+    # Statistics of norms are stored in float32, whatever the model is in.
+    allowed = max(1e-6, 4 * torch.finfo(dtype).eps)
+    assert result.column("projection_share")[own].sum() == pytest.approx(1.0, abs=allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,9 +83,9 @@ def test_effects_and_the_write_lens(name: str, dtype: torch.dtype) -> None:
     """The total is measured in a run; float32 tells how large it should be."""
     whole = case(name)
     truth = sl.effects(whole.module, inputs=whole.inputs, **QUIET).means
-    with cast(name, dtype) as found:
-        effects = sl.effects(found.module, inputs=found.inputs, **QUIET).means
-        lens = sl.write_lens(found.module, inputs=found.inputs)
+    found = case(name, dtype)
+    effects = sl.effects(found.module, inputs=found.inputs, **QUIET).means
+    lens = sl.write_lens(found.module, inputs=found.inputs)
     size = float(abs(truth["total"]).max())
     eps = torch.finfo(dtype).eps
     allowed = max(1e-5, 4 * eps) * max(size, 1.0)
@@ -110,24 +99,25 @@ def test_effects_and_the_write_lens(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_a_head_with_a_layer_of_its_own_is_refused_in_words(name: str, dtype: torch.dtype) -> None:
-    with cast(name, dtype) as found, pytest.raises(MissingDataError, match="not linear behind its norm"):
+    found = case(name, dtype)
+    with pytest.raises(MissingDataError, match="not linear behind its norm"):
         sl.effects(found.module, inputs=found.inputs, **QUIET)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_direct_attribution_in_half_precision_is_as_good_as_the_stream(name: str) -> None:
     """Against the logits of the same bfloat16 stream by a float32 head: what is left is the rounding of the stream."""
-    with cast(name, torch.bfloat16) as found:
-        source = source_of(found.module, inputs=found.inputs)
-        (block,) = source.blocks()
-        targets = target_ids(source, block).clamp_min(0)
-        unembedding = Unembedding(source)
-        along = unembedding.directions(block, targets, centred=False)
-        shares = (block.states[-1].float() * along).sum(-1) + unembedding.constant(block, targets, centred=False)
-        head = copy.deepcopy(found.module).float()
-        norm: Any = head.get_submodule(source.stream.norms[-1].module)
-        with torch.no_grad():
-            own = norm(block.states[-1].float()) @ head.get_output_embeddings().weight.t()  # type: ignore[operator]
+    found = case(name, torch.bfloat16)
+    source = source_of(found.module, inputs=found.inputs)
+    (block,) = source.blocks()
+    targets = target_ids(source, block).clamp_min(0)
+    unembedding = Unembedding(source)
+    along = unembedding.directions(block, targets, centred=False)
+    shares = (block.states[-1].float() * along).sum(-1) + unembedding.constant(block, targets, centred=False)
+    head = copy.deepcopy(found.module).float()
+    norm: Any = head.get_submodule(source.stream.norms[-1].module)
+    with torch.no_grad():
+        own = norm(block.states[-1].float()) @ head.get_output_embeddings().weight.t()  # type: ignore[operator]
     truth = own.gather(-1, targets[:, None])[:, 0]
     torch.testing.assert_close(shares, truth, rtol=0, atol=1e-5 * float(own.abs().max()))
 

@@ -92,7 +92,7 @@ def position_lesion(
         >>> from fixtures.planted_position import PositionCarrier
         >>> ids = torch.randint(0, 40, (32, 20), generator=torch.Generator().manual_seed(0))
         >>> found = position_lesion(PositionCarrier(), tokens=ids, skips=["1_attn_out"], progress=False)
-        >>> [(x.mode, bool(share < 0.01)) for x, share in zip(found.lesions[-2:], found.position_share[-2:, -1])]
+        >>> [(x.mode, bool(share < 0.01)) for x, share in zip(found.lesions[-2:], found.position_share.value[-2:, -1])]
         [('position', True), ('random', False)]
     """
     whole = source_of(origin, stream=stream, model=model, **corpus)
