@@ -87,6 +87,17 @@ class TestOtherInputs:
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in found.module.modules())
 
 
+def test_whole_numbers_are_no_state_even_where_they_are_as_wide() -> None:
+    """As many positions as the stream is wide: OPT's counting of the mask has a state's width at the shifted site."""
+    found = case("opt")
+    ids = torch.arange(64).reshape(2, 32) % 30 + 1
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    assert found.anatomy.stream().d_model == 32
+    with pytest.raises(AnatomyError, match="int64" + REFUSED), sl.observe(found.module, found.anatomy):
+        found.module(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
 class Branching(nn.Module):
     """A pre-norm model that leaves out its second layer where the inputs are long."""
 
