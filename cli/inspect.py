@@ -10,6 +10,7 @@ import click
 
 from streamlens.cli.options import ModelOptions, model_options, output_options
 from streamlens.cli.output import human, human_count, print_notes, print_rows, table
+from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
     from streamlens.anatomy import Anatomy
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @model_options
+@click.option("--cite", is_flag=True, help="Print what others need to make the same capture again.")
 @output_options
-def command(model: ModelOptions, as_json: bool) -> None:
+def command(model: ModelOptions, cite: bool, as_json: bool) -> None:
     """Show the anatomy of SOURCE, a model or a capture: its streams, sublayers, sizes, proof and health.
 
     \b
     Example:
       streamlens inspect model.pt
       streamlens inspect model.h5
+      streamlens inspect model.h5 --cite
       streamlens inspect --model mypackage.models:build
     """  # noqa: D301 - click reads the \b
     from streamlens.checkpoint.sniff import is_hdf5
@@ -34,7 +37,9 @@ def command(model: ModelOptions, as_json: bool) -> None:
         from streamlens.reader.opening import open_capture
 
         with open_capture(model.source) as capture:
-            _capture(capture, as_json)
+            _cite(capture, as_json) if cite else _capture(capture, as_json)
+    elif cite:
+        raise UsageError("only a capture can be cited: it names the model, the text, the versions and the command")
     else:
         _model(model, as_json)
 
@@ -116,6 +121,15 @@ def _capture(capture: Capture, as_json: bool) -> None:
     shown = [{k: _health_cell(v) for k, v in row.items()} for row in rows]
     click.echo(table(shown))
     print_notes(_warnings(rows))
+
+
+def _cite(capture: Capture, as_json: bool) -> None:
+    from streamlens.reader.citing import citation, facts
+
+    if as_json:
+        print_rows("inspect", [], as_json=True, about=facts(capture))
+    else:
+        click.echo(citation(capture))
 
 
 def _health_cell(value: Any) -> Any:

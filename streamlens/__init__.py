@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from streamlens.analyses.lens.door import LensResult as LensResult
     from streamlens.analyses.lens.door import logit_lens as logit_lens
     from streamlens.analyses.lens.grid import LensGrid as LensGrid
+    from streamlens.analyses.lens.tracks import TokenTracks as TokenTracks
+    from streamlens.analyses.lens.tracks import token_tracks as token_tracks
     from streamlens.analyses.lens.tuned import TunedLens as TunedLens
     from streamlens.analyses.lens.tuned import load_lens as load_lens
     from streamlens.analyses.lens.tuned import train_lens as train_lens
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from streamlens.analyses.position.lesion import position_lesion as position_lesion
     from streamlens.analyses.position.probes import ProbeResult as ProbeResult
     from streamlens.analyses.position.probes import position_probes as position_probes
+    from streamlens.analyses.report.door import report as report
     from streamlens.anatomy import Anatomy as Anatomy
     from streamlens.checkpoint.loading import load as load
     from streamlens.checkpoint.model import Model as Model
@@ -110,7 +113,10 @@ _HOMES = {
     "observe": ("streamlens.observation", "observe"),
     "open": ("streamlens.reader.opening", "open_capture"),
     "pack": ("streamlens.checkpoint.packing", "pack"),
+    "TokenTracks": ("streamlens.analyses.lens.tracks", "TokenTracks"),
+    "report": ("streamlens.analyses.report.door", "report"),
     "run_from": ("streamlens.edits", "run_from"),
+    "token_tracks": ("streamlens.analyses.lens.tracks", "token_tracks"),
     "verify": ("streamlens.reader.verifying", "verify"),
 }
 
@@ -133,6 +139,7 @@ __all__ = [
     "SpectrumResult",
     "StateNormsResult",
     "SwapResult",
+    "TokenTracks",
     "TunedLens",
     "WriteCosinesResult",
     "WriteLensResult",
@@ -156,8 +163,10 @@ __all__ = [
     "position_lesion",
     "position_probes",
     "positional_persistence",
+    "report",
     "run_from",
     "swap_neighbours",
+    "token_tracks",
     "train_lens",
     "verify",
     "write_lens",

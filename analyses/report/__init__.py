@@ -1,0 +1,1 @@
+"""All analyses of one capture on one page."""
