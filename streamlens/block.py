@@ -98,14 +98,30 @@ class Block:
     """Value mixes (token, heads * d_head) by sublayer index, those that were stored."""
 
     @property
+    def window(self) -> Tensor:
+        """(token,) int64, number of the first token of the window in which each token was run.
+
+        >>> ids, doc = torch.arange(5), torch.zeros(5, dtype=torch.int32)
+        >>> Block(8, 13, ids, doc, torch.tensor([0, 1, 2, 0, 1]), [], [], [], [], {}).window.tolist()
+        [8, 8, 8, 11, 11]
+        """
+        starts = torch.zeros(len(self.position), dtype=torch.int64)
+        edges = self._edges()
+        starts[edges] = edges
+        return self.start + starts.cummax(0).values
+
+    def _edges(self) -> Tensor:
+        """Where windows begin, but for the first."""
+        return torch.nonzero(self.position[1:] <= self.position[:-1])[:, 0] + 1
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(docs, positions) of the rectangle that the tokens fill.
 
         Raises:
             MissingDataError: the documents are not equally long, or some of their positions were left out.
         """
-        edges = torch.nonzero(self.position[1:] <= self.position[:-1])[:, 0] + 1
-        docs = len(edges) + 1
+        docs = len(self._edges()) + 1
         length = len(self.position) // docs
         whole = torch.arange(length, dtype=self.position.dtype).repeat(docs)
         first = self.position[:1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fixtures import zoo
-from streamlens.analyses.lens.door import lens_result
+from streamlens.analyses.lens.door import lens_result, logit_lens
 from streamlens.analyses.lens.head import head_of
 from streamlens.analyses.lens.tally import LensOptions, LensTally
 from streamlens.analyses.source import Source, source_of
@@ -52,6 +52,16 @@ def test_halves_merge_into_the_whole(turned: bool, docs: int) -> None:
     assert expected.grid is not None
     assert found.grid.doc == expected.grid.doc == 0
     assert (found.grid.top == expected.grid.top).all()
+
+
+@pytest.mark.parametrize(("docs", "unit"), [(1, "window"), (9, "window"), (12, "document")])
+def test_few_documents_give_intervals_over_windows(docs: int, unit: str) -> None:
+    tokens = torch.randint(0, 97, (docs, 24 if docs > 1 else 144), generator=torch.Generator().manual_seed(0))
+    found = logit_lens(case("gpt2").module, tokens=tokens, window=12, progress=False)
+    assert found.interval_over == unit
+    assert {row["interval_over"] for row in found.rows()} == {unit}
+    assert (found.kl.low[:-1] < found.kl.mean[:-1]).all()
+    assert (found.kl.mean[:-1] < found.kl.high[:-1]).all()
 
 
 def test_intervals_are_those_of_a_bootstrap_over_documents() -> None:

@@ -23,6 +23,7 @@ from streamlens.analyses.lens.head import NEAREST, head_of
 from streamlens.analyses.lens.tally import LensOptions, LensTally, Summary, Translators
 from streamlens.analyses.result import Result
 from streamlens.analyses.source import Corpus, Origin, Source, source_of, watched
+from streamlens.analyses.statistics import Unit
 from streamlens.calling import eager_math
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
@@ -69,6 +70,8 @@ class LensResult(Result):
     ``cross_entropy`` are off on a sample of tokens: ``kl_error_max``, ``kl_error_mean`` (nats), ``kl_error_share``."""
     tokens: int
     documents: int
+    interval_over: Unit
+    """What intervals are over: documents, or windows where there are fewer than ten."""
     tuned: str | None = None
     """Kind of the translators that were applied, if any: ``bias``, ``ridge``, ``kl`` or ``affine match``."""
 
@@ -102,7 +105,7 @@ class LensResult(Result):
                 row |= summary.row(name, i)
             for name, value in self.delta_log_probability.row("delta_log_probability", i - 1).items():
                 row[name] = value if i else float("nan")
-            rows.append({**row, "depth_share": float(share[i])})
+            rows.append({**row, "depth_share": float(share[i]), "interval_over": self.interval_over})
         return rows
 
     def short_rows(self) -> list[dict[str, Any]]:
@@ -273,6 +276,7 @@ def lens_result(source: Source, tally: LensTally, tuned: Translators | None = No
         precision=tally.precision,
         tokens=tally.tokens,
         documents=tally.documents,
+        interval_over=tally.unit,
         tuned=None if tuned is None else tuned.kind,
     )
 

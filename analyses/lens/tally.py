@@ -17,7 +17,7 @@ from streamlens.analyses.lens.head import Head, LinearHead
 from streamlens.analyses.lens.metrics import METRICS, Workspace, Yardstick
 from streamlens.analyses.sampling import some_rows
 from streamlens.analyses.source import Source, target_ids
-from streamlens.analyses.statistics import DocumentSums, Floats, Moments, Quantiles
+from streamlens.analyses.statistics import DocumentSums, Floats, Moments, Quantiles, Unit
 from streamlens.analyses.team import Team
 from streamlens.block import Block
 from streamlens.errors import UsageError
@@ -65,7 +65,7 @@ class Summary:
     """Over tokens, without the first of each document."""
     low: Floats
     high: Floats
-    """Ends of the 95 % interval of the mean, over documents."""
+    """Ends of the 95 % interval of the mean, over documents, or over windows where documents are few."""
     all_positions: Floats
     """Mean over all tokens."""
     median: Floats | None = None
@@ -123,14 +123,14 @@ class LensTally:
             self.precision = self._compare_precision(block, values)
         later = block.position > 0
         headline = torch.where(later, values, torch.nan)
-        self._documents.add(headline, block.doc)
+        self._documents.add(headline, block.doc, block.window)
         self._moments.add(values)
         self._spread.add(headline[: len(SPREAD)])
         cross_entropy = values[METRICS.index("cross_entropy")]
         gained = cross_entropy[:-1] - cross_entropy[1:]
         self._delta_moments.add(gained)
         gained = torch.where(later, gained, torch.nan)
-        self._delta_documents.add(gained, block.doc)
+        self._delta_documents.add(gained, block.doc, block.window)
         self._delta_spread.add(gained)
         depth = prediction_depth(top)
         self.depth += torch.bincount(depth[later], minlength=len(self.depth)).numpy()
@@ -206,6 +206,11 @@ class LensTally:
     def documents(self) -> int:
         """Number of documents."""
         return self._documents.documents
+
+    @property
+    def unit(self) -> Unit:
+        """What intervals are over."""
+        return self._documents.unit
 
     def summaries(self) -> dict[str, Summary]:
         """Return every metric, each over (state,)."""
