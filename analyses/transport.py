@@ -129,7 +129,7 @@ def transported(
         whole = torch.zeros_like(parts[0].vectors)
         for part in parts:
             whole += part.vectors
-        _demand(stream, block.states[-1], relative_error(whole, block.states[-1].to(whole.device)))
+        demand_close(stream, block.states[-1], relative_error(whole, block.states[-1].to(whole.device)))
 
 
 def pulled_back(
@@ -287,8 +287,17 @@ def _rstds(stream: Stream, norms: Mapping[int, FrozenNorm], block: Block) -> dic
     return {n.state: block.norms[i][1] for i, n in enumerate(stream.norms) if n.state in norms}  # type: ignore[misc]
 
 
-def _demand(stream: Stream, state: Tensor, error: Tensor) -> None:
-    """Refuse terms that do not sum to the last state: each step may round it once."""
+def demand_close(stream: Stream, state: Tensor, error: Tensor) -> None:
+    """Refuse terms that do not sum to the last state, as each step may round it once.
+
+    Args:
+        stream: the stream.
+        state: its last state, of which the dtype counts.
+        error: by how much their sum differs from it, relative to it.
+
+    Raises:
+        MissingDataError: by more than rounding explains.
+    """
     allowed = max(1e-4, 2.0 * len(stream.steps) ** 0.5 * torch.finfo(state.dtype).eps)
     if not float(error) <= allowed:
         raise MissingDataError(

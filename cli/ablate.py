@@ -142,11 +142,10 @@ def _given(asked: dict[str, bool], named: list[str], options: dict[str, Any]) ->
 def _notes(result: Any) -> list[str]:
     """Say what low and high are over, and what the loss was before anything was dropped."""
     from streamlens.analyses.ablation.greedy import GreedyResult
-    from streamlens.analyses.ablation.study import counted
 
     scores = next(iter(result.scores.values())) if isinstance(result, GreedyResult) else result.scores
     few = ": there are too few documents" if scores.unit == "window" else ""
-    notes = [f"low and high are a 95 % interval over {counted(scores)}{few}"]
+    notes = [f"low and high are a 95 % interval over {scores.over}{few}"]
     if math.isfinite(scores.base_loss):
         notes.append(f"loss of the whole model: {scores.base_loss:.4f} nats per token")
     return notes

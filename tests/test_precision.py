@@ -135,6 +135,18 @@ def test_a_stream_that_does_not_add_up_is_refused() -> None:
         demand_sum(source.stream, norms, block, factors)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "user_post_norm", "granite"])
+def test_norms_of_writes_that_are_not_the_streams_are_refused(name: str) -> None:
+    found = case(name)
+    source = source_of(found.module, inputs=found.inputs)
+    (block,) = source.blocks()
+    source.blocks = lambda: iter([block])  # type: ignore[method-assign]
+    assert sl.contribution_norms(source, **QUIET).n_tokens == len(block.ids)
+    block.writes[2].mul_(1.01)
+    with pytest.raises(MissingDataError, match="do not sum to its last state"):
+        sl.contribution_norms(source, **QUIET)
+
+
 def on_cuda(name: str) -> tuple[Any, Any]:
     found = case(name)
     inputs: Any = found.inputs

@@ -23,6 +23,7 @@ from torch import Tensor
 from streamlens.analyses.ablation.runs import Runs, Setting, running
 from streamlens.analyses.ablation.scores import Scores, Tally
 from streamlens.analyses.ablation.spans import Drop, every, extent
+from streamlens.analyses.ablation.study import check_units
 from streamlens.analyses.ablation.trials import explained
 from streamlens.analyses.frozen import stream_norms
 from streamlens.analyses.result import Result
@@ -33,7 +34,6 @@ from streamlens.analyses.unembedding import Unembedding
 from streamlens.anatomy import Stream
 from streamlens.block import Block
 from streamlens.checkpoint.model import Model
-from streamlens.errors import UsageError
 from streamlens.observation import observe, tokens
 from streamlens.proof import norm_statistics
 
@@ -144,9 +144,10 @@ class Effects:
     def result(self) -> EffectsResult:
         """Return the effects so far."""
         stream = self._source.stream
+        response, scores = self._response / max(self._count, 1.0), self._tally.result()
         title = f"Direct and total effect on the target's logit: {self._source.description}"
-        response = self._response / max(self._count, 1.0)
-        return EffectsResult(tuple(self._units), self._tally.result(), response, stream.labels, title)
+        title += f"; 95 % intervals over {scores.over}"
+        return EffectsResult(tuple(self._units), scores, response, stream.labels, title)
 
     def _directions(self, block: Block, last: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each step the direction of its sum and of its state: (token, d_model) before and after its norm."""
@@ -265,8 +266,7 @@ def effects(
         [('0_mlp_out', 6.0, 6.0), ('1_mlp_out', 0.0, 0.0)]
     """
     source = source_of(origin, stream=stream, model=model, **corpus)
-    if units not in ("layers", "sublayers"):
-        raise UsageError(f"units of effects are layers or sublayers, not {units!r}")
+    check_units(units, "effects", "layers", "sublayers")
     found = Effects(source, every(source.stream, units, "zero"))
     with explained():
         for block in watched(source, "effects", progress=progress):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamlens.analyses.statistics import Floats, Interval, Resampled, Unit, interval_of
+from streamlens.wording import counted
 
 CHUNK = 2**19
 """Logits that are scored at once: so many that they stay in the cache of a core."""
@@ -126,6 +127,11 @@ class Scores:
     """What intervals are over: documents, or windows where there are few documents."""
     units: int
     """How many of them."""
+
+    @property
+    def over(self) -> str:
+        """What intervals are over, and how many: ``16 documents``, ``1 window``."""
+        return counted(self.units, self.unit)
 
     @property
     def headline(self) -> str:

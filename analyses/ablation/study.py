@@ -89,12 +89,7 @@ class Study:
         """Return the title of a result: what was done, in which modes, to which model and text, and what is sure."""
         said = " and ".join(modes) + (", position 0 left alone" if self.setting.protect_first else "")
         how = f" ({said.removeprefix(', ')})" if said else ""
-        return f"{what}{how}: {self.source.description}; 95 % intervals over {counted(scores)}"
-
-
-def counted(scores: Scores) -> str:
-    """Write what intervals are over: ``16 documents``, ``1 window``."""
-    return f"{scores.units:,} {scores.unit}{'' if scores.units == 1 else 's'}"
+        return f"{what}{how}: {self.source.description}; 95 % intervals over {scores.over}"
 
 
 def in_mode(drops: Sequence[Drop], mode: Mode) -> list[Drop]:

@@ -16,6 +16,7 @@ from streamlens.analyses.source import Source, watched
 from streamlens.analyses.statistics import DocumentSums, Floats, Unit
 from streamlens.block import Block
 from streamlens.errors import MissingDataError, UsageError
+from streamlens.wording import counted
 
 Ints = NDArray[np.int64]
 
@@ -91,7 +92,7 @@ class Sequences(ABC):
         docs, positions = block.shape
         self.objective = objective_of(self.source, block)
         self.doc += block.doc.reshape(docs, positions)[:, 0].tolist()
-        self.window += list(range(block.start, block.stop, positions))
+        self.window += block.window.reshape(docs, positions)[:, 0].tolist()
         for graph in graphs(self.source, block, self.at_once):
             table = {name: _sequences_first(values) for name, values in self._measure(graph).items()}
             self.tables.append({**table, "loss": graph.losses.detach().double().cpu().numpy()})
@@ -121,7 +122,7 @@ class Sequences(ABC):
 
     def title(self, what: str, table: Table) -> str:
         """Say what was measured, where, and what the intervals are over."""
-        over = f"{table.documents if table.unit == 'document' else len(table.doc)} {table.unit}s"
+        over = counted(table.documents if table.unit == "document" else len(table.doc), table.unit)
         return f"{what}, {self.source.stream.name}: {self.source.description}; 95 % intervals over {over}"
 
     @abstractmethod

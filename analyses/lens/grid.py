@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,9 +42,9 @@ class TokenTable(Result):
     """The tokens as text; without a tokenizer their numbers."""
 
     @property
+    @abstractmethod
     def cells(self) -> NDArray[np.int64]:
         """(row, position) the token of each cell."""
-        raise NotImplementedError
 
     def word(self, token: int | np.int64) -> str:
         """Return a token as text, nothing where it is negative."""

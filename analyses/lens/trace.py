@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from streamlens.discovery.recording import along_last_axis
 from streamlens.discovery.watch import tensors_in
 
 _VIEWS = frozenset(
@@ -24,7 +25,6 @@ _VIEWS = frozenset(
     }
 )  # fmt: skip
 _PRODUCTS = frozenset({"mm", "addmm", "bmm"})
-_DIMENSIONS = frozenset({"dim", "dims"})
 _IN_PLACE = frozenset({"add", "sub", "mul", "div", "tanh", "neg", "clamp", "clamp_min", "clamp_max"})
 
 
@@ -248,7 +248,8 @@ class _Listener(TorchDispatchMode):
             return
         try:
             name, func = _functional(name, func)
-            args, kwargs = _from_the_end(func, args, kwargs, rank)
+            placed = {k: v for k, v in kwargs.items() if k != "device"}
+            args, kwargs = along_last_axis(func._schema, args, placed, rank, NotPerToken)
             args = tuple(_flat_constant(a, first.shape[-1]) if name not in _PRODUCTS else a for a in args)
             if name == "bmm":
                 name, func, args = _as_mm(args)
@@ -304,27 +305,6 @@ def _functional(name: str, func: Any) -> tuple[str, Any]:
     if plain is None:
         raise NotPerToken(f"{name} writes into its argument")
     return name.rstrip("_"), plain
-
-
-def _from_the_end(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def negative(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return [negative(v) for v in value]
-        if value % rank != rank - 1:
-            raise NotPerToken(f"{func._schema.name} over another axis than the last")
-        return -1
-
-    positional, named = list(args), {k: v for k, v in kwargs.items() if k != "device"}
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name not in _DIMENSIONS:
-            continue
-        if position < len(positional) and positional[position] is not None:
-            positional[position] = negative(positional[position])
-        elif named.get(argument.name) is not None:
-            named[argument.name] = negative(named[argument.name])
-    return tuple(positional), named
 
 
 def _flat_constant(value: Any, width: int) -> Any:

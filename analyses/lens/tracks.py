@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamlens.analyses.figures import PALETTE, axes, finish
-from streamlens.analyses.lens.grid import shown, texts
+from streamlens.analyses.lens.grid import TokenTable, shown, texts
 from streamlens.analyses.lens.head import Head, head_of
 from streamlens.analyses.lens.metrics import top_k as largest
-from streamlens.analyses.result import Result
 from streamlens.analyses.sampling import some_rows
 from streamlens.analyses.source import Corpus, Origin, Source, source_of, target_ids
 from streamlens.analyses.statistics import Floats
@@ -35,21 +34,11 @@ DEFAULT_POSITIONS = 32
 
 
 @dataclass(frozen=True)
-class TokenTracks(Result):
-    """What the lens shows at each state and a few positions of one document."""
+class TokenTracks(TokenTable):
+    """What the lens shows at each state and a few positions of one document; a row of the table is a state."""
 
-    title: str
     head: str
     """What the states were looked at through."""
-    doc: int
-    labels: tuple[str, ...]
-    """(state,) ``x_0``, then what was written last."""
-    position: NDArray[np.int64]
-    """(position,) within the window."""
-    ids: NDArray[np.int64]
-    """(position,) the token that is read there; negative where the model takes none."""
-    targets: NDArray[np.int64]
-    """(position,) the token that should be predicted; negative where there is none."""
     kl: Floats
     """(state, position) KL divergence of the final distribution from the state's, nats."""
     entropy: Floats
@@ -66,8 +55,11 @@ class TokenTracks(Result):
     """For each position, (state, token) number of tokens that are likelier."""
     probability: tuple[Floats, ...]
     """For each position, (state, token)."""
-    text: dict[int, str]
-    """The tokens as text; without a tokenizer their numbers."""
+
+    @property
+    def cells(self) -> NDArray[np.int64]:
+        """(state, position) the likeliest token."""
+        return self.top[..., 0]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row for each state and position."""
@@ -87,27 +79,6 @@ class TokenTracks(Result):
             for k, label in enumerate(self.labels)
             for j in range(len(self.position))
         ]
-
-    def followed_rows(self) -> list[dict[str, Any]]:
-        """Return one row for each position, followed token and state."""
-        return [
-            {
-                "position": int(self.position[j]),
-                "token": self.word(token),
-                "is_target": bool(token == self.targets[j]),
-                "state": k,
-                "label": label,
-                "rank": int(self.rank[j][k, c]),
-                "probability": float(self.probability[j][k, c]),
-            }
-            for j in range(len(self.position))
-            for c, token in enumerate(self.followed[j])
-            for k, label in enumerate(self.labels)
-        ]
-
-    def word(self, token: int | np.int64) -> str:
-        """Return a token as text; nothing for no token."""
-        return self.text.get(int(token), "")
 
     def plot(self, ax: Axes | None = None, *, at: int = -1, most: int = 5) -> Axes:
         """Draw the probability of the followed tokens of one position along the stream.

@@ -16,12 +16,19 @@ from streamlens.analyses.frozen import stream_norms
 from streamlens.analyses.heads import Projection
 from streamlens.analyses.norms.answer import NormsResult
 from streamlens.analyses.norms.cosines import WriteCosinesResult
-from streamlens.analyses.norms.measures import MEASURES, SUBLAYER_KINDS, Contribution, pair, proximities
+from streamlens.analyses.norms.measures import (
+    MEASURES,
+    OVERLAPPING,
+    SUBLAYER_KINDS,
+    Contribution,
+    pair,
+    proximities,
+)
 from streamlens.analyses.norms.states import StateTally
 from streamlens.analyses.sampling import some_rows
 from streamlens.analyses.source import Source, target_ids
 from streamlens.analyses.statistics import Moments, Quantiles
-from streamlens.analyses.transport import BIAS, demand_sum, factors_of, pulled_back, times, transported
+from streamlens.analyses.transport import BIAS, demand_close, factors_of, pulled_back, times, transported
 from streamlens.analyses.unembedding import Unembedding
 from streamlens.block import Block
 from streamlens.errors import MissingDataError
@@ -78,12 +85,12 @@ class ContributionNorms:
 
     def update(self, block: Block) -> None:
         """Fold one block in."""
-        if block.start == 0:
-            demand_sum(self.stream, self._norms, block, self._factors)
         count = block.stop - block.start
         table = torch.full((len(self.contributions), len(MEASURES), count), torch.nan)
         _Walk(self, block, table).run()
-        if not self._plain:
+        if self._plain:
+            self._demand_whole(block, table)
+        else:
             self._walk_back(block, _direction(block, self._centred), "projection_share", table)
             self._final_frame(block, table)
         if self._unembedding is not None:
@@ -154,6 +161,18 @@ class ContributionNorms:
         shares = einsum(heads, along, "token head d_model, token d_model -> head token")
         for head, share in enumerate(shares):
             self._put(table, "head", f"{self.stream.sublayers[sublayer].label}.{head}", **{measure: share})
+
+    def _demand_whole(self, block: Block, table: Tensor) -> None:
+        """Make sure, on the first block, that the terms of a plain stream make up the last state.
+
+        Along that state, where their shares are known already; other streams are looked at by `transported`.
+        """
+        if block.start == 0:
+            own = [i for i, c in enumerate(self.contributions) if c.kind not in OVERLAPPING]
+            missing = table[own, MEASURES.index("projection_share")].double().sum(0) - 1
+            last = block.states[-1]
+            size = 1 / _norm(_direction(block, self._centred)).cpu().double()
+            demand_close(self.stream, last, (missing * size).norm() / last.cpu().double().norm())
 
     def _final_frame(self, block: Block, table: Tensor) -> None:
         """Measure every term as it stands in the last state, a few tokens at a time: all terms are there at once."""
@@ -240,7 +259,7 @@ class _Walk:
         state = self.block.states[index].float()
         sizes = state.abs()
         self.state_square[index], self.state_absolute[index] = _dot(state, state), sizes.sum(-1)
-        self.norms.states.look(index, state, sizes, self.block.position, self.sample)
+        self.norms.states.look(index, sizes, self.block.position, self.sample)
         return state
 
     def _write(self, s: int, state: Tensor) -> Tensor:

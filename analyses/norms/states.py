@@ -157,9 +157,8 @@ class StateTally:
         self._massive: dict[tuple[int, int], tuple[int, int, float]] = {}
         self._tokens = 0
 
-    def look(self, index: int, state: Tensor, size: Tensor, position: Tensor, sample: Tensor) -> None:
-        """Look for what stands out in a state, (token, d_model); `size` is its entries' sizes."""
-        some, counted = state[sample].double().square().cpu(), torch.full((1,), float(len(sample)))
+    def look(self, index: int, size: Tensor, position: Tensor, sample: Tensor) -> None:
+        """Look for what stands out in a state, of which `size` has the sizes of the entries, (token, d_model)."""
         big = torch.nonzero(size.amax(-1) > MASSIVE_SIZE)[:, 0]
         if len(big):
             flat = size.flatten()
@@ -169,11 +168,15 @@ class StateTally:
             for dimension in torch.nonzero(found.any(0))[:, 0].tolist():
                 at = found[:, dimension]
                 self._note(index, dimension, int(at.sum()), int((at & first).sum()), float(rows[at, dimension].max()))
-            ordinary = torch.ones(state.shape, dtype=torch.bool)
-            ordinary[big.cpu()] = ~found
-            some, counted = some * ordinary[sample], ordinary[sample].sum(0)
-        self._square[index] += some.sum(0)
-        self._sampled[index] += counted
+        if len(sample):
+            known = size[sample]
+            count: Tensor | int = len(sample)
+            if float(known.amax()) > MASSIVE_SIZE:
+                massive = (known > MASSIVE_SIZE) & (known >= MASSIVE_RATIO * typical)
+                known = known.masked_fill(massive, 0.0)
+                count = (~massive).sum(0).cpu()
+            self._square[index] += known.square().sum(0, dtype=torch.float64).cpu()
+            self._sampled[index] += count
 
     def _note(self, index: int, dimension: int, tokens: int, first: int, largest: float) -> None:
         old = self._massive.get((index, dimension), (0, 0, 0.0))

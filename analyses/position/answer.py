@@ -110,9 +110,8 @@ class PositionResult(Result):
             return f"{start}, and no state tells positions apart"
         last = int(seen[-1])
         name = f"x_{last}, the last state" + ("" if last == len(self.states) - 1 else " above its null band")
-        return (
-            f"{start}; of the positional part of {name}, the skip carried {self.carried[last]:.0%} from the embedding"
-        )
+        carried = round(float(self.carried[last]), 2) + 0.0  # or a share just below zero would read -0%
+        return f"{start}; of the positional part of {name}, the skip carried {carried:.0%} from the embedding"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row for each state; shares are fractions of 1."""

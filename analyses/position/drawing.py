@@ -92,8 +92,8 @@ def plot_origin(found: PositionResult, ax: Axes | None = None) -> Axes:
         ax.set_xlim(-0.5, len(x) - 0.5)
         integer_ticks(ax)
         unknown = np.flatnonzero(np.isnan(found.origin).all(axis=1))
-        for k in unknown if len(unknown) < len(x) else ():
-            ax.text(float(k), 0.02, "in its null band", rotation=90, ha="center", va="bottom", fontsize=6)
+        if 0 < len(unknown) < len(x):
+            ax.bar(unknown, 1.0, width=1.0, color="#dcdcdc", edgecolor="none", label="within its null band: unknown")
         finish(ax, x=STATE, y="Share of the positional part", title=found.title)
         if len(unknown) == len(x):
             ax.text(0.5, 0.5, "every state is within its null band", ha="center", transform=ax.transAxes)

@@ -54,8 +54,7 @@ class Rectangle:
             MissingDataError: some of their positions were left out of the capture.
         """
         position = block.position.long()
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.nonzero(position[1:] <= position[:-1])[:, 0] + 1])
-        lengths = torch.diff(starts, append=torch.tensor([len(position)]))
+        starts, lengths = torch.unique_consecutive(block.window - block.start, return_counts=True)
         rows = starts[lengths >= positions][:, None] + torch.arange(positions)
         if not torch.equal(position[rows], torch.arange(positions).expand(rows.shape)):
             raise MissingDataError(

@@ -7,6 +7,7 @@ import io
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from streamlens.analyses.report.theme import themed_svg
@@ -45,7 +46,7 @@ class Table:
         writer.writerows(self.rows)
         return "data:text/csv;charset=utf-8;base64," + b64encode(text.getvalue().encode()).decode()
 
-    @property
+    @cached_property
     def shown(self) -> list[list[str]]:
         """The first rows, rounded for the eye."""
         return [[_rounded(row.get(column)) for column in self.columns] for row in self.rows[:_SHOWN]]

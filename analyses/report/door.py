@@ -21,7 +21,6 @@ from streamlens.checkpoint.model import Model
 from streamlens.errors import MissingDataError, UsageError
 from streamlens.reader.citing import citation
 from streamlens.reader.opening import Capture, Proof
-from streamlens.wording import counted
 
 LEAST, MOST, WORK = 1024, 16_384, 1.4e11
 """Tokens for what runs the model: so many that tokens times parameters come to `WORK`, within these bounds."""
@@ -181,8 +180,8 @@ def _proof(proof: Proof) -> dict[str, str]:
     if proof.exact:
         return {
             "verdict": "exact",
-            "headline": f"Proved: in all of its {counted(proof.blocks, 'block')} of tokens, the writes add up to the "
-            "model's own states, bit for bit.",
+            "headline": "Proved: the writes add up to the model's own states, bit for bit, in every block of tokens "
+            f"({proof.blocks:,}).",
             "explanation": "Every block was replayed from the embedding parts and the writes alone, in the model's own "
             "order and arithmetic, and every state compared with the one that the model computed.",
         }

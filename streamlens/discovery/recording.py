@@ -48,7 +48,8 @@ def record(graph: Graph, target: int, given: Mapping[int, str]) -> tuple[tuple[I
         operator = _functional(op)
         args = _encode(op.args, visit)
         kwargs = {k: _encode(v, visit) for k, v in op.kwargs.items() if v is not None and k != "memory_format"}
-        args, kwargs = _from_the_end(op, args, kwargs, graph)
+        rank = len(graph.nodes[op.inputs[0]].shape)
+        args, kwargs = along_last_axis(op.overload._schema, args, kwargs, rank, NotReplayable)
         found.append(Instruction(operator, args, _portable(kwargs), f"@v{node}"))
         return f"@v{node}"
 
@@ -93,25 +94,35 @@ def _portable(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k not in ("device", "layout", "pin_memory", "non_blocking")}
 
 
-def _from_the_end(
-    op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], graph: Graph
+def along_last_axis(
+    schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], rank: int, refusal: type[Exception]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Count axes from the end, so that a step recorded on (doc, position, d_model) also runs on (token, d_model)."""
-    rank = len(graph.nodes[op.inputs[0]].shape)
+    """Count axes from the end, so that what was done to (doc, position, d_model) can be done to (token, d_model).
+
+    Args:
+        schema: of the operator.
+        args: its arguments.
+        kwargs: its named arguments.
+        rank: number of axes of the tensor that it was applied to.
+        refusal: what is raised where another axis than the last is meant.
+
+    Returns:
+        The arguments with -1 for that axis.
+    """
 
     def negative(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(negative(v) for v in value)
         if value % rank != rank - 1:
-            raise NotReplayable(f"{op.name} over another axis than d_model")
+            raise refusal(f"{schema.name} over another axis than the last")
         return -1
 
-    positional = list(args)
-    for position, argument in enumerate(op.overload._schema.arguments):
+    positional, named = list(args), dict(kwargs)
+    for position, argument in enumerate(schema.arguments):
         if argument.name not in _DIMENSIONS:
             continue
         if position < len(positional) and positional[position] is not None:
             positional[position] = negative(positional[position])
-        elif kwargs.get(argument.name) is not None:
-            kwargs[argument.name] = negative(kwargs[argument.name])
-    return tuple(positional), kwargs
+        elif named.get(argument.name) is not None:
+            named[argument.name] = negative(named[argument.name])
+    return tuple(positional), named
