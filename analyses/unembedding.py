@@ -9,14 +9,20 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from streamlens.analyses.frozen import FrozenNorm, final_norm
-from streamlens.analyses.lens.head import PROBE_TOKENS, LinearHead, head_of, tolerance
-from streamlens.analyses.lens.trace import Chain, Operation
+from streamlens.analyses.lens.head import (
+    PROBE_TOKENS,
+    LinearHead,
+    affine_count,
+    head_of,
+    in_float32,
+    tolerance,
+)
+from streamlens.analyses.lens.trace import Chain
 from streamlens.analyses.source import Source
 from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.errors import MissingDataError
 
-_AFFINE = frozenset({"add", "sub", "mul", "div", "neg", "_to_copy"})
 _ROWS = 4096
 """Rows of the unembedding that are added up at once."""
 _HIDDEN = -1e4
@@ -67,14 +73,14 @@ class Unembedding:
         """Of the final norm, within the norms of the stream."""
         self.norm: FrozenNorm | None = None if found is None else found[1]
         self._head, self._prelude = head, head.prelude.in_float32()
-        count = _affine(head.after)
+        count = affine_count(head.after)
         self.capped = count < len(head.after)
         """Whether the logits pass something that is not affine afterwards: a soft-cap, or entries are hidden."""
         with torch.no_grad(), eager_math():
             own = block.states[-1][:PROBE_TOKENS].to(head.device)
             self._rest = self._behind_norm(source, own).in_float32()
             empty = torch.zeros(1, self.vocab, device=head.device)
-            self._shift, one = (_applied(head.after[:count], row) for row in (empty, empty + 1.0))
+            self._shift, one = (in_float32(head.after[:count], row) for row in (empty, empty + 1.0))
             self._slope = one - self._shift
             """(1, vocab) each: the logits before the cap are slope * (h @ weight.T) + shift."""
             self._shown = (head.logits(own).float() > _HIDDEN).any(0)
@@ -180,23 +186,3 @@ class Unembedding:
                 raise MissingDataError(
                     "the head is not linear behind its norm, so logits are no sum over the stream: use the lens instead"
                 )
-
-
-def _affine(operations: tuple[Operation, ...]) -> int:
-    """Return how many of the operations on each logit come before the first that is not affine."""
-    count = 0
-    for operation in operations:
-        constants = [a for a in (*operation.args, *operation.kwargs.values()) if isinstance(a, Tensor)]
-        if operation.name not in _AFFINE or not all(bool(c.isfinite().all()) for c in constants):
-            # The scale inside a soft-cap belongs to it: cap * tanh(logits / cap).
-            scaled = count and operation.name == "tanh" and operations[count - 1].name in ("div", "mul")
-            return count - 1 if scaled else count
-        count += 1
-    return count
-
-
-def _applied(operations: tuple[Operation, ...], logits: Tensor) -> Tensor:
-    """Apply affine operations, but stay in float32."""
-    for operation in operations:
-        logits = logits if operation.name == "_to_copy" else operation(logits).float()
-    return logits

@@ -111,6 +111,30 @@ def test_the_grid_is_what_the_lens_finds(page: Page, capture_file: Path) -> None
     assert len(cells) == found.top[..., 0].size
 
 
+def test_tokens_are_followed_as_a_plain_loop_follows_them() -> None:
+    found = case("gemma2")
+    tracks = sl.token_tracks(found.module, inputs=found.inputs, positions=(2, 5), top_k=3, doc=1)
+    source = source_of(found.module, inputs=found.inputs)
+    block = next(source.blocks())
+    docs, positions = block.shape
+    last = len(block.states) - 1
+    for k, state in enumerate(block.states):
+        with torch.no_grad():
+            logits = sl.run_from(found.module, found.anatomy, last, state.reshape(docs, positions, -1), found.inputs)
+        for j, position in enumerate((2, 5)):
+            p = logits[1, position].double().softmax(-1)
+            order = p.argsort(descending=True)
+            assert tracks.top[k, j].tolist() == order[:3].tolist()
+            for c, token in enumerate(tracks.followed[j]):
+                assert tracks.rank[j][k, c] == int((p > p[token]).sum())
+                assert tracks.probability[j][k, c] == pytest.approx(float(p[token]), rel=1e-3)
+            assert tracks.entropy[k, j] == pytest.approx(float(-(p * p.log()).sum()), rel=1e-3)
+            assert tracks.targets[j] == block.ids.reshape(docs, positions)[1, position + 1]
+            assert tracks.target_rank[k, j] == int((p > p[tracks.targets[j]]).sum())
+    with pytest.raises(UsageError, match="no document 99"):
+        sl.token_tracks(found.module, inputs=found.inputs, doc=99)
+
+
 def test_the_stream_has_a_branch_for_every_sublayer(page: Page, capture_file: Path) -> None:
     with sl.open(capture_file) as capture:
         labels = [s.label for s in capture.stream().anatomy.sublayers]

@@ -160,7 +160,7 @@ class LensChoice(TypedDict, total=False):
     jsd: bool
     """Also the Jensen-Shannon divergence, which takes several more passes over the logits."""
     chunk_tokens: int | None
-    """Tokens whose logits are held at once; by default as many as fit 64 MB."""
+    """Tokens whose logits are held at once; by default as many as fit 128 MB."""
     translators: TunedLens | str | Path | None
     """A tuned lens (`train_lens`), or the path of one: applied to each state before the head."""
     affine_match: bool

@@ -216,3 +216,30 @@ def texts(source: Source, ids: Sequence[int] | NDArray[np.int64]) -> dict[int, s
     decode: Callable[[int], str] = str if tokenizer is None else (lambda token: tokenizer.decode([token]))
     size = None if tokenizer is None else tokenizer.vocab_size
     return {int(t): decode(int(t)) if size is None or t < size else f"<{t}>" for t in ids if t >= 0}
+
+
+def some_tokens(source: Source, doc: int | None, positions: Sequence[int]) -> tuple[Block, Tensor]:
+    """Return a block and which of its tokens are some positions of the first window of a document.
+
+    Args:
+        source: where to look.
+        doc: which document; None takes the first one.
+        positions: which positions of it; those that it does not have are left out.
+
+    Raises:
+        UsageError: it has none of them, or is not there.
+    """
+    seen: list[int] = []
+    for block in source.blocks():
+        wanted = int(block.doc[0]) if doc is None else doc
+        seen += [int(block.doc.min()), int(block.doc.max())]
+        chosen = torch.isin(block.position, torch.tensor(list(positions), dtype=block.position.dtype))
+        rows = torch.nonzero((block.doc == wanted) & chosen)[:, 0]
+        if len(rows):
+            place = block.position[rows]
+            again = torch.nonzero(place[1:] <= place[:-1])[:, 0]
+            rows = rows[: int(again[0]) + 1] if len(again) else rows
+            return block, rows
+    raise UsageError(
+        f"no document {doc} with one of the positions {list(positions)}: there are {min(seen)} to {max(seen)}"
+    )

@@ -14,7 +14,7 @@ model itself gives for real states. Otherwise the model's own head is run for ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -32,6 +32,8 @@ from streamlens.recorder.feed import select_docs
 
 PROBE_TOKENS = 16
 """Tokens on which the head is taken apart and compared with the model's own."""
+
+_AFFINE = frozenset({"add", "sub", "mul", "div", "neg", "_to_copy"})
 
 OWN, NEAREST = "the model's own head", "nearest-token lens: inner products with the word embeddings, not a head"
 
@@ -336,3 +338,23 @@ def _final_norm_module(source: Source) -> Callable[[Tensor], Tensor] | None:
     paths = dict(source.model.module.named_modules())
     found = [n for n in source.stream.norms if n.state is None]
     return paths[found[0].module] if found and found[0].module in paths else None
+
+
+def affine_count(operations: Sequence[Operation]) -> int:
+    """Return how many of the operations on each logit come before the first that is not affine."""
+    count = 0
+    for operation in operations:
+        constants = [a for a in (*operation.args, *operation.kwargs.values()) if isinstance(a, Tensor)]
+        if operation.name not in _AFFINE or not all(bool(c.isfinite().all()) for c in constants):
+            # The scale inside a soft-cap belongs to it: cap * tanh(logits / cap).
+            scaled = count and operation.name == "tanh" and operations[count - 1].name in ("div", "mul")
+            return count - 1 if scaled else count
+        count += 1
+    return count
+
+
+def in_float32(operations: Sequence[Operation], logits: Tensor) -> Tensor:
+    """Apply affine operations to logits, but stay in float32."""
+    for operation in operations:
+        logits = logits if operation.name == "_to_copy" else operation(logits).float()
+    return logits

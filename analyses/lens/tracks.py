@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamlens.analyses.figures import PALETTE, axes, finish
-from streamlens.analyses.lens.grid import TokenTable, shown, texts
+from streamlens.analyses.lens.grid import TokenTable, shown, some_tokens, texts
 from streamlens.analyses.lens.head import Head, head_of
 from streamlens.analyses.lens.metrics import top_k as largest
 from streamlens.analyses.sampling import some_rows
@@ -25,7 +25,6 @@ from streamlens.analyses.statistics import Floats
 from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.checkpoint.model import Model
-from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,16 +132,8 @@ def token_tracks(
     """
     source = source_of(origin, stream=stream, model=model, **corpus)
     with torch.no_grad(), eager_math():
-        for block in source.blocks():
-            first = int(block.doc.min()) if doc is None else doc
-            wanted = torch.isin(block.position, torch.tensor(list(positions), dtype=block.position.dtype))
-            rows = torch.nonzero((block.doc == first) & wanted)[:, 0]
-            if len(rows):
-                rows = rows[: len(set(block.position[rows].tolist()))]  # the first window of the document
-                return _Look(source, block, rows, top_k).result(first)
-    raise UsageError(
-        f"no document {doc or 0} with positions {list(positions)[:3]}...: `tokens` of the capture lists both"
-    )
+        block, rows = some_tokens(source, doc, positions)
+        return _Look(source, block, rows, top_k).result()
 
 
 class _Look:
@@ -164,7 +155,7 @@ class _Look:
         logits = logits.double() if logits.dtype == torch.float64 else logits.float()
         return logits.clamp_min(-1e4).log_softmax(-1)
 
-    def result(self, doc: int) -> TokenTracks:
+    def result(self) -> TokenTracks:
         """Look."""
         known, targets = self._targets >= 0, self._targets.clamp_min(0)[:, None]
         final = self._log_probabilities(self._states - 1)
@@ -186,7 +177,7 @@ class _Look:
         return TokenTracks(
             title=self._source.description,
             head=self._head.description,
-            doc=doc,
+            doc=int(self._block.doc[self._rows[0]]),
             labels=self._source.stream.state_labels,
             position=self._block.position[self._rows].numpy(),
             ids=ids,

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamlens.analyses.frozen import final_norm, stream_norms
-from streamlens.analyses.lens.grid import TokenTable, texts
-from streamlens.analyses.lens.head import LinearHead, head_of, tolerance
-from streamlens.analyses.lens.trace import Chain, Operation
+from streamlens.analyses.lens.grid import TokenTable, some_tokens, texts
+from streamlens.analyses.lens.head import LinearHead, affine_count, head_of, in_float32, tolerance
+from streamlens.analyses.lens.trace import Chain
 from streamlens.analyses.sampling import some_rows
 from streamlens.analyses.source import Corpus, Origin, Source, source_of, target_ids
 from streamlens.analyses.statistics import Floats
@@ -31,15 +31,13 @@ from streamlens.analyses.transport import factors_of, transported
 from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.checkpoint.model import Model
-from streamlens.errors import MissingDataError, UsageError
+from streamlens.errors import MissingDataError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _CLOSE = 1e-3
 """By how much the sum of the parts may miss the model's logits, relative to the largest of them."""
-
-_AFFINE = frozenset({"add", "sub", "mul", "div", "neg", "_to_copy"})
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def write_lens(
     """
     source = source_of(origin, stream=stream, model=model, **corpus)
     with torch.no_grad(), eager_math():
-        whole, rows = _some_tokens(source, doc, positions)
+        whole, rows = some_tokens(source, doc, positions)
         block, targets = some_rows(whole, rows, 0), target_ids(source, whole)[rows]
         head = _FrozenHead(source, head_of(source, whole), block)
         return _shares(source, head, block, targets)
@@ -161,28 +159,19 @@ class _FrozenHead:
         if rest is None:
             raise MissingDataError("the final norm does more than normalise, so the write lens does not apply")
         self.rest = rest.in_float32()
-        linear = [o.name in _AFFINE for o in head.after]
-        count = linear.index(False) if False in linear else len(linear)
-        self.capped = count < len(linear)
-        if self.capped and count and head.after[count - 1].name in ("div", "mul"):
-            count -= 1  # the scale inside a soft-cap belongs to it: cap * tanh(logits / cap)
+        count = affine_count(head.after)
+        self.capped = count < len(head.after)
         self.after = head.after[:count]
         self.weight = head.weight.float()
         self._demand_affine(own)
 
     def logits(self, normalised: Tensor) -> Tensor:
         """(token, d_model) after the norm -> (token, vocab), before any soft-cap."""
-        found = self.rest(normalised).float() @ self.weight.t()
-        for operation in self.after:
-            found = _wide(operation, found)
-        return found
+        return in_float32(self.after, self.rest(normalised).float() @ self.weight.t())
 
     def own(self, state: Tensor) -> Tensor:
         """(token, d_model) last states -> (token, vocab) by the model's own prelude."""
-        found = self.head.prelude(state).float() @ self.weight.t()
-        for operation in self.after:
-            found = _wide(operation, found)
-        return found
+        return in_float32(self.after, self.head.prelude(state).float() @ self.weight.t())
 
     def _demand_affine(self, own: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)  # the user's own stream of random numbers is left alone
@@ -279,26 +268,3 @@ class _Noted:
         """Return (part, position)."""
         found: NDArray[Any] = torch.stack(self._columns[name]).numpy()
         return found
-
-
-def _wide(operation: Operation, value: Tensor) -> Tensor:
-    """Apply an operation, but stay in float32."""
-    return value if operation.name == "_to_copy" else operation(value).float()
-
-
-def _some_tokens(source: Source, doc: int | None, positions: Sequence[int]) -> tuple[Block, Tensor]:
-    """Return a block and which tokens of it are wanted: some positions of the first window of a document."""
-    seen: list[int] = []
-    for block in source.blocks():
-        wanted = int(block.doc[0]) if doc is None else doc
-        seen += [int(block.doc.min()), int(block.doc.max())]
-        chosen = torch.isin(block.position, torch.tensor(list(positions), dtype=block.position.dtype))
-        rows = torch.nonzero((block.doc == wanted) & chosen)[:, 0]
-        if len(rows):
-            place = block.position[rows]
-            again = torch.nonzero(place[1:] <= place[:-1])[:, 0]
-            rows = rows[: int(again[0]) + 1] if len(again) else rows
-            return block, rows
-    raise UsageError(
-        f"no document {doc} with one of the positions {list(positions)}: there are {min(seen)} to {max(seen)}"
-    )
