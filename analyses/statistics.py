@@ -249,8 +249,18 @@ def interval_of(sums: Floats, counts: Floats) -> tuple[Floats, Floats]:
         sums: (*series, draw); for a paired difference those of the differences.
         counts: (*series, draw) or (draw,) number of values behind each sum; a draw without any is left out.
     """
+    return ends_of(means_of(sums, counts))
+
+
+def means_of(sums: Floats, counts: Floats) -> Floats:
+    """Return (*series, draw) the mean in each draw; NaN where a draw has no values. As `interval_of`."""
     counts = np.broadcast_to(counts, sums.shape)
-    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    means: Floats = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    return means
+
+
+def ends_of(means: Floats) -> tuple[Floats, Floats]:
+    """Return the ends of the 95 % percentile interval, each (*series,), of values in each draw (*series, draw)."""
     ends = np.quantile(means, [0.025, 0.975], axis=-1)
     # Most series have values in every draw, and those go the fast way above.
     gaps = np.isnan(means).any(-1) & ~np.isnan(means).all(-1)
@@ -270,10 +280,10 @@ class DocumentSums:
     [[2.0, 4.0], [2.0, 4.0]]
     """
 
-    def __init__(self, *shape: int) -> None:
-        """Start at nothing, for series of this shape."""
+    def __init__(self, *shape: int, seed: int = 0) -> None:
+        """Start at nothing, for series of this shape; the seed is that of the draws, see `Resampled`."""
         self.shape = shape
-        self._both = Resampled(2, *shape)
+        self._both = Resampled(2, *shape, seed=seed)
 
     def add(self, values: Tensor, doc: Tensor, window: Tensor | None = None) -> None:
         """Fold values in; NaN is left out.
@@ -319,7 +329,13 @@ class DocumentSums:
 
         All series are drawn alike, so that the interval of a difference is that of paired values.
         """
-        return interval_of(*self._both.drawn)
+        return ends_of(self.drawn)
+
+    @property
+    def drawn(self) -> Floats:
+        """(*series, draw) the mean in each draw; those of equal units and seeds are paired."""
+        sums, counts = self._both.drawn
+        return means_of(sums, counts)
 
 
 @dataclass(frozen=True)

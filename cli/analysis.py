@@ -165,11 +165,8 @@ def origin_options(command: Command) -> Command:
     return decorated  # type: ignore[no-any-return]
 
 
-def analysis_options(command: Command) -> Command:
-    """Add SOURCE, what a live model is shown, and where results go.
-
-    The command gets `origin: OriginOptions` and `show: ShowOptions`.
-    """
+def show_options(command: Command) -> Command:
+    """Add where results go; the command gets `show: ShowOptions`."""
 
     @functools.wraps(command)
     def wrapped(as_json: bool, **values: Any) -> Any:
@@ -184,4 +181,12 @@ def analysis_options(command: Command) -> Command:
         output_options,
     ):
         decorated = option(decorated)
-    return origin_options(decorated)  # type: ignore[no-any-return]
+    return decorated  # type: ignore[no-any-return]
+
+
+def analysis_options(command: Command) -> Command:
+    """Add SOURCE, what a live model is shown, and where results go.
+
+    The command gets `origin: OriginOptions` and `show: ShowOptions`.
+    """
+    return origin_options(show_options(command))

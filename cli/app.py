@@ -48,6 +48,9 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "gradient": LazyCommand(
         "streamlens.cli.gradient:command", "Split the gradient into what came over the skip and through the branch."
     ),
+    "compare": LazyCommand(
+        "streamlens.cli.compare:command", "Set two captures side by side: what differs, and by how much."
+    ),
     "report": LazyCommand("streamlens.cli.report:command", "Write everything about a capture on one HTML page."),
     "pack": LazyCommand("streamlens.cli.pack:command", "Write config and weights into one model.pt that loads safely."),
 }

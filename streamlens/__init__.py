@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from streamlens.analyses.ablation.repair import effects as effects
     from streamlens.analyses.ablation.sweep import AblationResult as AblationResult
     from streamlens.analyses.ablation.sweep import ablate as ablate
+    from streamlens.analyses.compare.answer import Comparison as Comparison
+    from streamlens.analyses.compare.answer import MovedResult as MovedResult
+    from streamlens.analyses.compare.answer import Similarity as Similarity
+    from streamlens.analyses.compare.door import compare as compare
     from streamlens.analyses.gradient.answer import GradientResult as GradientResult
     from streamlens.analyses.gradient.door import gradient_flow as gradient_flow
     from streamlens.analyses.gradient.paths import SpectrumResult as SpectrumResult
@@ -86,6 +90,10 @@ _HOMES = {
     "ablate_pairs": ("streamlens.analyses.ablation.pairs", "ablate_pairs"),
     "ablate_blocks": ("streamlens.analyses.ablation.blocks", "ablate_blocks"),
     "capture": ("streamlens.recorder.capturing", "capture"),
+    "Comparison": ("streamlens.analyses.compare.answer", "Comparison"),
+    "MovedResult": ("streamlens.analyses.compare.answer", "MovedResult"),
+    "Similarity": ("streamlens.analyses.compare.answer", "Similarity"),
+    "compare": ("streamlens.analyses.compare.door", "compare"),
     "discover": ("streamlens.discovery.streams", "discover"),
     "edit": ("streamlens.edits", "edit"),
     "GradientResult": ("streamlens.analyses.gradient.answer", "GradientResult"),
@@ -125,6 +133,7 @@ __all__ = [
     "Anatomy",
     "BlocksResult",
     "Capture",
+    "Comparison",
     "EffectsResult",
     "GradientResult",
     "GreedyResult",
@@ -132,10 +141,12 @@ __all__ = [
     "LensResult",
     "LesionResult",
     "Model",
+    "MovedResult",
     "NormsResult",
     "PairsResult",
     "PositionResult",
     "ProbeResult",
+    "Similarity",
     "SpectrumResult",
     "StateNormsResult",
     "SwapResult",
@@ -147,6 +158,7 @@ __all__ = [
     "ablate_blocks",
     "ablate_pairs",
     "capture",
+    "compare",
     "contribution_norms",
     "discover",
     "drop_greedily",

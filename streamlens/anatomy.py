@@ -190,6 +190,12 @@ class Stream:
         made = (" + ".join(self.sublayers[s].label for s in step.sublayers) for step in self.steps)
         return ("x_0", *made)
 
+    @property
+    def layer_states(self) -> tuple[int, ...]:
+        """(layer + 1,) the state before each layer, and the last state."""
+        first = [min(s.read for s in self.sublayers if s.layer == layer) for layer in range(self.layers)]
+        return (*first, len(self.steps))
+
     def find(self, label: str) -> Sublayer:
         """Return the sublayer with this label.
 

@@ -83,8 +83,12 @@ class ContributionNorms:
         count = len(self.stream.sublayers)
         self._cosines, self._sampled = torch.zeros(count, count, dtype=torch.float64), 0
 
-    def update(self, block: Block) -> None:
-        """Fold one block in."""
+    def update(self, block: Block) -> Tensor:
+        """Fold one block in.
+
+        Returns:
+            (row, measure, token) float32, what was measured at each token; NaN where a measure has no meaning.
+        """
         count = block.stop - block.start
         table = torch.full((len(self.contributions), len(MEASURES), count), torch.nan)
         _Walk(self, block, table).run()
@@ -98,10 +102,11 @@ class ContributionNorms:
             self._walk_back(block, self._unembedding.directions(block, targets), "logit_attribution", table)
             table[:, MEASURES.index("logit_attribution"), targets < 0] = torch.nan
         self.with_first.add(table)
-        table = table[..., block.position != 0]
-        self.without_first.add(table)
-        self.quantiles.add(table)
+        later = table[..., block.position != 0]
+        self.without_first.add(later)
+        self.quantiles.add(later)
         self.tokens += count
+        return table
 
     def merge(self, other: ContributionNorms) -> None:
         """Fold another partial result of the same stream in."""
@@ -342,7 +347,7 @@ class _Walk:
         after = None if plain else (self.after_square, self.after_read)
         found = pair(self.state_square[reads], self.square, self.along_read, after)
         self._fill([self.norms._row[s.kind, s.label] for s in self.stream.sublayers], found)
-        first = [min(s.read for s in self.stream.sublayers if s.layer == k) for k in range(self.stream.layers)]
+        first = list(self.stream.layer_states[:-1])
         last = [self._ends(k) + 1 for k in range(self.stream.layers)]
         after = None if plain else (self.layer_after_square, self.layer_after_read)
         found = pair(self.state_square[first], self.layer_square, self.layer_read, after)

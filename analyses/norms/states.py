@@ -207,7 +207,6 @@ class StateTally:
         rms = (self._square / self._sampled.clamp_min(1)).sqrt()
         out = rms > OUTLIER_RATIO * rms.median(-1, keepdim=True).values
         everywhere = self._sizes.mean * self._sizes.count + np.nan_to_num(self._first.mean) * self._first.count
-        ends = [min(s.read for s in stream.sublayers if s.layer == k) for k in range(stream.layers)]
         forgetting = np.where(np.arange(len(rms)) > 0, 1.0, np.nan) if plain else self._forgetting.mean
         return StateNormsResult(
             title=f"Size of the states: {title}",
@@ -222,7 +221,7 @@ class StateTally:
             identity_gain=np.ones(len(rms)) if plain else np.sqrt(self._energy / self._energy[0]),
             outlier_dimensions=tuple(tuple(np.flatnonzero(row).tolist()) for row in out.numpy()),
             massive=tuple(MassiveActivation(k, d, *seen) for (k, d), seen in sorted(self._massive.items())),
-            layer_states=np.asarray([*ends, len(stream.steps)], np.int64),
+            layer_states=np.asarray(stream.layer_states, np.int64),
             tokens=self._tokens,
         )
 

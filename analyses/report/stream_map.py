@@ -81,7 +81,7 @@ def _state(k: int, at: float, *, normed: bool) -> str:
 
 def _layers(stream: Stream, x: list[float]) -> list[str]:
     """Number the layers below their branches, so many that the numbers do not touch."""
-    firsts = {layer: min(s.read for s in stream.sublayers if s.layer == layer) for layer in range(stream.layers)}
+    firsts = dict(enumerate(stream.layer_states[:-1]))
     lasts = {layer: max(s.read for s in stream.sublayers if s.layer == layer) + 1 for layer in range(stream.layers)}
     narrow = min(x[lasts[k]] - x[firsts[k]] for k in firsts)
     every = 1 if narrow >= 24 else 2 if narrow >= 12 else 5

@@ -1,0 +1,1 @@
+"""Two captures side by side."""
