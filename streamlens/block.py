@@ -14,7 +14,7 @@ from streamlens.errors import MissingDataError
 Row = TypeVar("Row")
 
 NormStatistics = tuple[Tensor, Tensor]
-"""mean and rstd with which a norm treats each token, each (token,) float32."""
+"""mean and rstd with which a norm treats each token, each (token,) float32, or float64 in a float64 model."""
 
 
 _KEPT = 8

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from streamlens.anatomy import Norm, Stream
 from streamlens.errors import ProofError
-from streamlens.replay import last, run
+from streamlens.replay import last, run, widest
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -219,7 +219,7 @@ class Replay:
 
 def norm_statistics(
     norm: Norm, tensor: Float[Tensor, "*token d_model"]
-) -> tuple[Float32[Tensor, "*token"], Float32[Tensor, "*token"]]:
+) -> tuple[Float[Tensor, "*token"], Float[Tensor, "*token"]]:
     """Return the mean and the reciprocal standard deviation with which a norm treats each token.
 
     Args:
@@ -227,10 +227,10 @@ def norm_statistics(
         tensor: (..., d_model) what it normalises.
 
     Returns:
-        mean and rstd, each (...) float32; the mean of an RMS norm is 0. The variance is the biased one, and epsilon
-        stands inside the root, as in the models.
+        mean and rstd, each (...) float32, or float64 for a float64 tensor; the mean of an RMS norm is 0. The variance
+        is the biased one, and epsilon stands inside the root, as in the models.
     """
-    wide = tensor.float()
+    wide = tensor.to(widest((tensor.dtype, torch.float32)))
     if norm.form == "rms_norm":
         rstd = torch.rsqrt(wide.square().mean(-1) + norm.epsilon)
         return torch.zeros_like(rstd), rstd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,11 +65,31 @@ def test_terms_sum_to_every_state(name: str, stream: str | None) -> None:
     assert max(errors(*opened(name, stream))) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["bert", "user_post_norm", "deepnorm"])
-def test_in_float64_what_is_left_is_the_rounding_of_the_stored_statistics(name: str) -> None:
-    """Means and scales of norms are float32 in a block, whatever the model is in."""
-    source, block = opened(name, dtype=torch.float64)
-    assert max(errors(source, block, torch.float64)) < 4 * torch.finfo(torch.float32).eps
+EXACT = [
+    ("bert", "main"), ("user_post_norm", "main"), ("deepnorm", "main"), ("albert", "main"), ("roberta", "main"),
+    ("bart", "encoder"), ("bart", "decoder"), ("transformer_post", "encoder"), ("transformer_post", "decoder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "stream"), EXACT)
+def test_the_chain_in_float64_live_and_from_a_file(name: str, stream: str, tmp_path: Path) -> None:
+    """T-N2 to 1e-12: the statistics of the norms are as wide as what they were taken from, in a file as well."""
+    found = case(name, torch.float64)
+    options: dict[str, Any] = {"streams": [stream], "batch_tokens": 4096, "progress": False}
+    with sl.capture(found.module, inputs=found.inputs, out=tmp_path / "x.h5", **options) as capture:
+        for source in (source_of(found.module, inputs=found.inputs, stream=stream), source_of(capture, stream=stream)):
+            (block,) = source.blocks()
+            assert {s.dtype for pair in block.norms for s in pair} == {torch.float64}
+            assert max(errors(source, block, torch.float64)) < 1e-12
+            assert float((share_of_all(source, block) - 1).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_statistics_are_float32_where_the_stream_is_no_wider(dtype: torch.dtype, tmp_path: Path) -> None:
+    found = case("bert", dtype)
+    with sl.capture(found.module, inputs=found.inputs, out=tmp_path / "x.h5", progress=False) as capture:
+        assert capture.stream().norm_mean.dtype == capture.stream().norm_rstd.dtype == torch.float32
+        assert capture.attrs["format_version"] == 1
 
 
 @pytest.mark.real

@@ -191,9 +191,9 @@ class Effects:
 
     def _shift(self, block: Block, index: int, direction: Tensor, changed: Tensor) -> Tensor:
         """What a norm gives less because its statistics changed: ((A - A') v') along what comes after it."""
-        rstd = block.norms[index][1].to(changed)
-        new = norm_statistics(self._source.stream.norms[index], changed)[1].double()
-        return (direction * changed).sum(-1) * (1.0 - new / rstd)
+        rstd = block.norms[index][1]  # what stays as it was has these very bits, and shifts nothing
+        new = norm_statistics(self._source.stream.norms[index], changed.to(rstd))[1]
+        return (direction * changed).sum(-1) * (1.0 - new.to(changed) / rstd.to(changed))
 
     def _without(self, runs: Runs, unit: Drop) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Return all states and writes from the first dropped step on, (token, d_model) float64."""

@@ -102,12 +102,12 @@ class StreamView:
 
     @property
     def norm_mean(self) -> Tensor:
-        """(norm, token) float32 mean that each norm on the stream subtracts."""
+        """(norm, token) mean that each norm on the stream subtracts, float32 (float64 of a float64 model)."""
         return self._file.view(f"{self._base}/norm/mean")
 
     @property
     def norm_rstd(self) -> Tensor:
-        """(norm, token) float32 factor by which each norm on the stream scales."""
+        """(norm, token) factor by which each norm on the stream scales, float32 (float64 of a float64 model)."""
         return self._file.view(f"{self._base}/norm/rstd")
 
     @property

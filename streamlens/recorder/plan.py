@@ -15,7 +15,7 @@ from streamlens.anatomy import Stream, Sublayer
 from streamlens.errors import UsageError
 from streamlens.recorder.feed import Feed, Load
 from streamlens.recorder.pilot import Pilot
-from streamlens.replay import parameter_names
+from streamlens.replay import parameter_names, widest
 from streamlens.store.layout import Item, Layout, dtype_name
 
 KINDS = ("attn", "cross_attn", "mixer", "mlp")
@@ -145,8 +145,9 @@ class Plan:
                 items.append(Item(f"{base}/read", rows, width, dtypes[f"{stream.name}/read"]))
             items.append(Item(f"{base}/final", None, width, dtypes[f"{stream.name}/final"]))
             if stream.norms:
-                items.append(Item(f"{base}/norm/mean", len(stream.norms), None, torch.float32))
-                items.append(Item(f"{base}/norm/rstd", len(stream.norms), None, torch.float32))
+                kinds = (dtypes[f"{stream.name}/{kind}"] for kind in ("embed", "write", "read", "final"))
+                kept = widest((torch.float32, *kinds))
+                items += [Item(f"{base}/norm/{name}", len(stream.norms), None, kept) for name in ("mean", "rstd")]
             items += self._mixes(stream)
         if self.has_output:
             k = self.choice.top_k
