@@ -54,6 +54,8 @@ SEQUENTIAL, DIVERGING = "viridis", "vlag"
 _TEXT, _SMALL = 9.0, 8.0
 """Points."""
 _CHARACTERS_PER_INCH = 13
+_FEW = 1e4
+"""Ratio up to which a logarithmic axis has ticks between the powers of ten."""
 
 _STYLE: Any = {
     "figure.dpi": 110,
@@ -149,7 +151,9 @@ def finish(ax: Axes, *, x: str, y: str, title: str = "") -> Axes:
         ax.set_title(wrapped(title, inches), loc="left", fontsize=_TEXT)
     for axis in (ax.xaxis, ax.yaxis):
         if axis.get_scale() == "log":
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            low, high = axis.get_view_interval()
+            between = (1.0, 2.0, 5.0) if high < _FEW * low else (1.0,)
+            axis.set_major_locator(LogLocator(subs=between, numticks=12))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
     for drawn in ax.collections:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,17 @@ def test_a_long_title_is_broken_not_cut() -> None:
     assert box is not None
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.x1 + 1
+
+
+@pytest.mark.parametrize("decades", [1, 2, 4, 9])
+def test_labels_of_a_log_axis_do_not_overlap(decades: int) -> None:
+    ax = axes(None, width=3.0, height=2.4)
+    ax.plot([0, 1], [1.0, 10.0**decades])
+    ax.set_yscale("log")
+    finish(ax, x="x", y="y")
+    FigureCanvasAgg(ax.figure).draw()  # type: ignore[no-untyped-call]
+    low, high = ax.get_ylim()
+    shown = [t for t in ax.yaxis.get_major_ticks() if low <= t.get_loc() <= high]
+    boxes = [t.label1.get_window_extent() for t in sorted(shown, key=lambda t: t.get_loc())]
+    assert len(boxes) >= 3
+    assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
