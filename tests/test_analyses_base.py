@@ -235,7 +235,7 @@ def test_labels_of_a_log_axis_do_not_overlap(decades: int) -> None:
     ax.plot([0, 1], [1.0, 10.0**decades])
     ax.set_yscale("log")
     finish(ax, x="x", y="y")
-    FigureCanvasAgg(ax.figure).draw()  # type: ignore[no-untyped-call]
+    FigureCanvasAgg(ax.get_figure(root=True)).draw()  # type: ignore[no-untyped-call]
     low, high = ax.get_ylim()
     shown = [t for t in ax.yaxis.get_major_ticks() if low <= t.get_loc() <= high]
     boxes = [t.label1.get_window_extent() for t in sorted(shown, key=lambda t: t.get_loc())]
