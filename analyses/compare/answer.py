@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamlens.analyses.compare.folding import COMPARED, Differences, Pairing
+from streamlens.analyses.compare.folding import COMPARED, Differences
 from streamlens.analyses.figures import KIND_NAMES, PALETTE, axes, finish, integer_ticks, interval, spread_out, style
 from streamlens.analyses.norms.measures import SUBLAYER_KINDS, Contribution
 from streamlens.analyses.result import Result
@@ -127,7 +127,8 @@ class Comparison(Result):
     """The captures."""
     measure: str
     """The one of `COMPARED` that is drawn."""
-    pairing: Pairing
+    paired: bool
+    """Whether both saw the same tokens, so that each is compared with itself."""
     says: tuple[str, ...]
     """How rows were aligned and tokens paired, in words."""
     unit: Unit

@@ -9,7 +9,7 @@ import torch
 
 from streamlens.analyses.compare.aligning import align, beside
 from streamlens.analyses.compare.answer import Comparison, MovedResult, Similarity, column_of
-from streamlens.analyses.compare.folding import Moved, Pairing, Side, StateSample, differences, pairing_of, together
+from streamlens.analyses.compare.folding import Moved, Side, StateSample, differences, same_tokens, together
 from streamlens.analyses.position.geometry import debiased_cka
 from streamlens.analyses.sampling import spread
 from streamlens.analyses.source import CaptureSource, Origin, source_of, watched
@@ -17,11 +17,10 @@ from streamlens.anatomy import Stream
 from streamlens.errors import UsageError
 from streamlens.progress import Progress
 
-_PAIRED: dict[Pairing, str] = {
-    "token": "both saw the same tokens: differences are paired",
-    "document": "both saw the same documents, in tokens of their own: differences are paired by document",
-    "none": "they saw different texts: a difference is one of model and text together, and its interval unpaired",
-}
+_SAME, _OTHER = (
+    "both saw the same tokens: differences are paired",
+    "they saw different texts: a difference is one of model and text together, and its interval unpaired",
+)
 
 
 def compare(
@@ -60,18 +59,18 @@ def compare(
         >>> for name in ("pre_norm", "post_norm"):
         ...     _ = sl.capture(witnesses.model(name), out=folder / f"{name}.h5", max_tokens=512, progress=False)
         >>> found = sl.compare(folder / "pre_norm.h5", folder / "post_norm.h5", progress=False)
-        >>> found.pairing, found.at("3_mlp_out", "relative_write")["difference"] > 0
-        ('token', True)
+        >>> found.paired, found.at("3_mlp_out", "relative_write")["difference"] > 0
+        (True, True)
     """
     column_of(measure)
     sources = _capture_of(first, stream), _capture_of(second, stream)
     streams = sources[0].stream, sources[1].stream
-    pairing = pairing_of(*sources)
-    sides = Side(sources[0], seed=0), Side(sources[1], seed=int(pairing == "none"))
+    paired = same_tokens(*sources)
+    sides = Side(sources[0], seed=0), Side(sources[1], seed=int(not paired))
     names = _names(*(source.capture.path for source in sources))
     layers = _layers_side_by_side(*streams)
     chosen = spread(sources[0].n_tokens, sample)
-    samples = [StateSample(states, chosen) for states in zip(*layers, strict=True)] if pairing == "token" else []
+    samples = [StateSample(states, chosen) for states in zip(*layers, strict=True)] if paired else []
     for index, source in enumerate(sources):
         for block in watched(source, names[index], progress=progress):
             sides[index].update(block)
@@ -79,13 +78,13 @@ def compare(
                 samples[index].update(block)
     rows = sides[0].norms.contributions, sides[1].norms.contributions
     alignment = align(*rows, (streams[0].layers, streams[1].layers))
-    comparable = pairing == "token" and _shape(streams[0]) == _shape(streams[1])
+    comparable = paired and _shape(streams[0]) == _shape(streams[1])
     return Comparison(
         title=f"{names[1]} against {names[0]}",
         names=names,
         measure=measure,
-        pairing=pairing,
-        says=(f"sublayers are {alignment.says}", _PAIRED[pairing]),
+        paired=paired,
+        says=(f"sublayers are {alignment.says}", _SAME if paired else _OTHER),
         unit=sides[0].sums.unit,
         pairs=tuple((rows[0][i], rows[1][j]) for i, j in alignment.pairs),
         measures=differences(sides[0].sums, sides[1].sums, alignment.pairs),

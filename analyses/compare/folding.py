@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,11 +13,8 @@ from streamlens.analyses.norms.accumulate import ContributionNorms
 from streamlens.analyses.norms.measures import MEASURES
 from streamlens.analyses.sampling import some_rows
 from streamlens.analyses.source import CaptureSource
-from streamlens.analyses.statistics import FEW_DOCUMENTS, DocumentSums, Floats, ends_of
+from streamlens.analyses.statistics import DocumentSums, Floats, ends_of
 from streamlens.block import Block
-
-Pairing = Literal["token", "document", "none"]
-"""What the two captures share: every token, the documents, or nothing that is known."""
 
 COMPARED = tuple(measure for measure in MEASURES if measure != "logit_attribution")
 """The measures that a file alone gives."""
@@ -45,16 +41,12 @@ class Differences:
         return {name: float(getattr(self, name)[index]) for name in names}
 
 
-def pairing_of(first: CaptureSource, second: CaptureSource) -> Pairing:
-    """Return what can be paired: tokens where all are the same, documents where there are enough of the same text."""
-    tokens = first.capture.tokens, second.capture.tokens
-    same = all(torch.equal(getattr(tokens[0], name), getattr(tokens[1], name)) for name in ("id", "doc", "position"))
+def same_tokens(first: CaptureSource, second: CaptureSource) -> bool:
+    """Tell whether two captures saw the same tokens at the same positions of the same documents."""
+    one, two = first.capture.tokens, second.capture.tokens
+    same = all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("id", "doc", "position"))
     # A model that takes no tokens has none to compare: -1 everywhere says nothing.
-    if same and bool((tokens[0].id >= 0).all()):
-        return "token"
-    documents = [len(torch.unique(own.doc)) for own in tokens]
-    texts = {str(source.capture.attrs["text_sha256"]) for source in (first, second)}
-    return "document" if len(texts) == 1 and documents[0] == documents[1] >= FEW_DOCUMENTS else "none"
+    return same and bool((one.id >= 0).all())
 
 
 def differences(
