@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.agreement import Agreement
 from benchmarks.memory import Memory
-from streamlens.store.layout import human_bytes
+from streamlens.wording import human_bytes
 
 _PACKAGES = ("residual-streamlens", "torch", "transformers", "h5py", "transformer-lens", "nnsight")
 _HEADINGS = (

@@ -9,6 +9,7 @@ import click
 
 from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
 from streamlens.cli.capture import Numbers
+from streamlens.cli.options import Sectioned
 from streamlens.cli.output import print_notes
 from streamlens.errors import UsageError
 
@@ -46,7 +47,7 @@ LONGEST = 8
 SCORES = ("delta_loss", "kl", "pooled_distance")
 
 
-@click.command("ablate")
+@click.command("ablate", cls=Sectioned)
 @analysis_options
 @click.option(
     "--drop-layer",
@@ -145,7 +146,7 @@ def _notes(result: Any) -> list[str]:
 
     scores = next(iter(result.scores.values())) if isinstance(result, GreedyResult) else result.scores
     few = ": there are too few documents" if scores.unit == "window" else ""
-    notes = [f"low and high are a 95 % interval over {scores.over}{few}"]
+    notes = [f"low, high: a 95 % interval over {scores.over}{few}"]
     if math.isfinite(scores.base_loss):
         notes.append(f"loss of the whole model: {scores.base_loss:.4f} nats per token")
     return notes

@@ -12,14 +12,17 @@ import click
 
 from streamlens.analyses.result import FIGURES
 from streamlens.cli.options import (
+    RESULT,
+    SOURCE,
     CorpusOptions,
     ModelOptions,
     OutFile,
     corpus_options,
     model_options,
     output_options,
+    shared,
 )
-from streamlens.cli.output import print_notes, print_rows
+from streamlens.cli.output import detail, print_notes, print_rows, stage
 from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,7 +89,10 @@ class OriginOptions:
         find = functools.partial(
             find_model, load_from=load_from, moved=self.model_file, builds=self.model.factory is not None
         )
-        return source_of(path, stream=self.stream, model=find)
+        with stage(f"opened the capture {path}"):
+            source = source_of(path, stream=self.stream, model=find)
+        detail(f"it holds {source.description}")
+        return source
 
     def _live(self, heads: bool) -> Source:
         from streamlens.analyses.source import live_source
@@ -127,7 +133,28 @@ class ShowOptions:
         shown = result.rows() if self.as_json or rows is None else rows
         print_rows(command, shown, as_json=self.as_json, more=more)
         for path in self.saves:
-            print_notes([f"wrote {result.save(path)}"])
+            with stage("saved"):
+                written = result.save(path)
+            print_notes([f"wrote {written}"])
+
+
+def captures(folder: Path) -> list[Path]:
+    """Return the captures in a folder, the newest first; other HDF5 files are none."""
+    return sorted(filter(_is_capture, folder.glob("*.h5")), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _is_capture(path: Path) -> bool:
+    from streamlens.checkpoint.sniff import is_hdf5
+
+    if not is_hdf5(path):
+        return False
+    import h5py
+
+    try:
+        with h5py.File(path) as file:
+            return "format" in file.attrs and str(file.attrs["format"]) == "streamlens-capture"
+    except OSError:
+        return True  # a damaged file: whoever opens it says what is wrong with it
 
 
 def newest_capture(folder: Path) -> Path:
@@ -136,12 +163,9 @@ def newest_capture(folder: Path) -> Path:
     Raises:
         UsageError: there is none.
     """
-    from streamlens.checkpoint.sniff import is_hdf5
-
-    found = sorted((p for p in folder.glob("*.h5") if is_hdf5(p)), key=lambda p: p.stat().st_mtime)
-    if not found:
+    if not (found := captures(folder)):
         raise UsageError("no capture is here: run `streamlens capture MODEL` first, or name a capture or a model")
-    return found[-1]
+    return found[0]
 
 
 def origin_options(command: Command) -> Command:
@@ -156,8 +180,8 @@ def origin_options(command: Command) -> Command:
     existing = click.Path(exists=True, path_type=Path)
     decorated: Any = wrapped
     for option in (
-        click.option("--model-file", type=existing, help="The model of a capture, where it has moved."),
-        click.option("--stream", help="Which stream: main, encoder, decoder. [default: the one that the head reads]"),
+        shared(SOURCE, "--model-file", type=existing, help="The model of a capture, where it has moved."),
+        shared(SOURCE, "--stream", help="Which stream: main, encoder, decoder. [default: the one that the head reads]"),
         corpus_options,
         model_options,
     ):
@@ -175,9 +199,9 @@ def show_options(command: Command) -> Command:
 
     decorated: Any = wrapped
     for option in (
-        click.option("--parquet", type=OutFile(".parquet"), help="Also write the table to this .parquet file."),
-        click.option("--csv", type=OutFile(".csv"), help="Also write the table to this .csv file."),
-        click.option("--plot", type=OutFile(*FIGURES), help="Also draw the figure: .png, .svg or .pdf."),
+        shared(RESULT, "--parquet", type=OutFile(".parquet"), help="Also write the table to this .parquet file."),
+        shared(RESULT, "--csv", type=OutFile(".csv"), help="Also write the table to this .csv file."),
+        shared(RESULT, "--plot", type=OutFile(*FIGURES), help="Also draw the figure: .png, .svg or .pdf."),
         output_options,
     ):
         decorated = option(decorated)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamlens.cli.options import CorpusOptions, ModelOptions, corpus_options, model_options, output_options
-from streamlens.cli.output import human, print_notes, print_rows
+from streamlens.cli.options import CorpusOptions, ModelOptions, Sectioned, corpus_options, model_options, output_options
+from streamlens.cli.output import human, print_notes, print_record, print_rows, tell
 from streamlens.errors import StorageError
 from streamlens.wording import counted
 
@@ -40,7 +40,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         return tuple(sorted(found))
 
 
-@click.command("capture")
+@click.command("capture", cls=Sectioned)
 @model_options
 @corpus_options
 @click.option("--out", type=click.Path(path_type=Path), help="The file. [default: the model's name with .h5, here]")
@@ -90,7 +90,12 @@ def command(
     )
     path = out or default_path(loaded)
     if dry_run:
-        print_rows("capture", _planned(plan, path), as_json=as_json)
+        rows = _planned(plan)
+        if not as_json:
+            print_notes([f"nothing is written; without --dry-run it would be {path}"])
+        total = f"total -> {path}" if as_json else "total"
+        rows.append({"dataset": total, "shape": "", "dtype": "", "bytes": plan.n_bytes})
+        print_rows("capture", rows, as_json=as_json)
         return
     signal.signal(signal.SIGTERM, _stop)
     command_line = " ".join(["streamlens", *sys.argv[1:]])
@@ -104,9 +109,9 @@ def command(
         command=command_line,
     ) as captured:
         row = _captured(captured, path)
-    print_rows("capture", [row], as_json=as_json)
+    print_record("capture", row, as_json=as_json)
     if not as_json:
-        click.echo(_verdict(row), err=True)
+        tell(_verdict(row))
 
 
 def _tidy(choice: dict[str, Any]) -> dict[str, Any]:
@@ -120,10 +125,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise StorageError("stopped by a signal; what was committed is kept, and the same command resumes")
 
 
-def _planned(plan: Plan, path: Path) -> list[dict[str, Any]]:
+def _planned(plan: Plan) -> list[dict[str, Any]]:
     import math
 
-    rows = [
+    return [
         {
             "dataset": item.name,
             "shape": " x ".join(str(n) for n in item.shape(plan.n_tokens)),
@@ -132,7 +137,6 @@ def _planned(plan: Plan, path: Path) -> list[dict[str, Any]]:
         }
         for item in plan.layout.items
     ]
-    return [*rows, {"dataset": f"total -> {path}", "shape": "", "dtype": "", "bytes": plan.n_bytes}]
 
 
 def _captured(captured: Capture, path: Path) -> dict[str, Any]:

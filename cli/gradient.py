@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
+from streamlens.cli.options import Sectioned
 from streamlens.cli.output import human, print_notes
 from streamlens.wording import counted
 
@@ -18,7 +19,7 @@ _FLOW = ("label", "skip_share", "branch_share", "low", "high", "relative_norm")
 _PATHS = ("length", "share", "low", "high", "relative_norm", "energy_share", "binomial")
 
 
-@click.command("gradient")
+@click.command("gradient", cls=Sectioned)
 @analysis_options
 @click.option("--paths", is_flag=True, help="By path length instead: how many branches the gradient passed.")
 @click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamlens.cli.options import ModelOptions, model_options, output_options
+from streamlens.cli.options import ModelOptions, Sectioned, model_options, output_options
 from streamlens.cli.output import human, human_count, print_notes, print_rows, table
 from streamlens.errors import UsageError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from streamlens.reader.opening import Capture
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Sectioned)
 @model_options
 @click.option("--cite", is_flag=True, help="Print what others need to make the same capture again.")
 @output_options

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
 from streamlens.cli.capture import Numbers
-from streamlens.cli.options import Dtype
+from streamlens.cli.options import Dtype, Sectioned
 from streamlens.cli.output import human, print_notes
 from streamlens.errors import UsageError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _FIRST = tuple(range(10))
 
 
-@click.command("lens")
+@click.command("lens", cls=Sectioned)
 @analysis_options
 @click.option("--grid", is_flag=True, help="Show the likeliest token at each state, token by token.")
 @click.option("--writes", is_flag=True, help="Show what each write adds to the logits, its norm held fixed.")

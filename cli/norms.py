@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
+from streamlens.cli.options import Sectioned
 from streamlens.cli.output import human, print_notes
 from streamlens.errors import UsageError
 
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
     from streamlens.analyses.norms.answer import NormsResult
 
 _SHORT = (
-    "label", "relative_write", "cosine", "block_influence", "proximity", "projection_share", "final_frame_norm",
-    "logit_attribution",
+    "label", "relative_write", "cosine", "block_influence", "projection_share", "logit_attribution",
+    "final_frame_norm", "proximity",
 )  # fmt: skip
 
 
-@click.command("norms")
+@click.command("norms", cls=Sectioned)
 @analysis_options
 @click.option("--heads", is_flag=True, help="Also every attention head; a capture needs --heads, too.")
 @click.option("--logits", is_flag=True, help="Also attribute the target's logit directly to every write.")

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
+from streamlens.cli.output import detail, human_count, stage
 from streamlens.errors import UsageError
+from streamlens.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+SOURCE, TEXT, RESULT, EVERYWHERE = "Source", "Text, where SOURCE is a model", "Result", "Every command"
+"""The parts of a command's help below its own options, in their order."""
 
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -55,14 +61,18 @@ class ModelOptions:
         from streamlens.checkpoint.loading import load
 
         torch.manual_seed(self.seed)
-        return load(
-            self.source,
-            config=self.config,
-            factory=self.factory,
-            unsafe_pickle=self.unsafe_pickle,
-            dtype=self.dtype or cast_to,
-            device=self.device,
-        )
+        with stage(f"loaded {self.source or self.factory}"):
+            model = load(
+                self.source,
+                config=self.config,
+                factory=self.factory,
+                unsafe_pickle=self.unsafe_pickle,
+                dtype=self.dtype or cast_to,
+                device=self.device,
+            )
+        size = sum(parameter.numel() for parameter in model.module.parameters())
+        detail(f"it is a {type(model.module).__name__} of {human_count(size)} parameters, on {self.device}")
+        return model
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ class CorpusOptions:
             raise UsageError("--text, --jsonl and --tokens exclude each other: pass one of them")
         named = self.jsonl or self.tokens or ", ".join(map(str, self.text))
         documents = jsonl_documents(self.jsonl, text_key=self.text_key) if self.jsonl else self.text
-        return windows_for(
+        windows = windows_for(
             model,
             documents=documents or None,
             ids=self.tokens,
@@ -103,6 +113,40 @@ class CorpusOptions:
             ragged=self.ragged,
             seed=seed,
         )
+        detail(f"read {counted(windows.n_tokens, 'token')} in {counted(len(windows), 'window')}: {windows.description}")
+        return windows
+
+
+class Shared(click.Option):
+    """An option of several commands, which has its place in a section of their help."""
+
+    def __init__(self, *names: Any, section: str, **settings: Any) -> None:
+        """Take what click takes, and the section's heading."""
+        super().__init__(*names, **settings)
+        self.section = section
+
+
+def shared(section: str, *names: str, **settings: Any) -> Callable[[Command], Command]:
+    """Return the decorator that adds a `Shared` option to a command."""
+    return click.option(*names, cls=Shared, section=section, **settings)
+
+
+class Sectioned(click.Command):
+    """A command whose help shows its own options first, and those that it shares in sections below."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections."""
+        found: dict[str, list[tuple[str, str]]] = {n: [] for n in ("Options", SOURCE, TEXT, RESULT, EVERYWHERE)}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                own = EVERYWHERE if "--help" in parameter.opts else "Options"
+                names = record[0].replace("INTEGER RANGE", "N").replace("INTEGER", "N")
+                found[getattr(parameter, "section", own)].append((names, record[1]))
+        for name, records in found.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
 
 
 class Dtype(click.Choice[str]):
@@ -133,6 +177,10 @@ class OutFile(click.ParamType[Path]):
         except UsageError as error:
             self.fail(str(error), param, ctx)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete the name of a file."""
+        return [CompletionItem(incomplete, type="file")]
+
 
 def _bundled(name: str, bundle: type[Any], *parameters: _Decorator) -> Callable[[Command], Command]:
     """A decorator that adds click parameters to a command and passes their values as one `bundle` called `name`."""
@@ -156,19 +204,22 @@ def model_options(command: Command) -> Command:
     return _bundled(
         "model",
         ModelOptions,
-        click.argument("source", required=False),
-        click.option("--config", type=_file, help="JSON config of a model whose file holds weights alone."),
-        click.option("--model", "factory", metavar="MODULE:FUNCTION", help="Build the model by calling this function."),
-        click.option("--unsafe-pickle", is_flag=True, help="Unpickle a whole module: this runs code from the file."),
-        click.option(
+        click.argument("source", required=False, type=click.Path()),
+        shared(SOURCE, "--config", type=_file, help="JSON config of a model whose file holds weights alone."),
+        shared(
+            SOURCE, "--model", "factory", metavar="MODULE:FUNCTION", help="Build the model by calling this function."
+        ),
+        shared(SOURCE, "--unsafe-pickle", is_flag=True, help="Unpickle a whole module: this runs code from the file."),
+        shared(
+            SOURCE,
             "--dtype",
             type=Dtype(["float32", "bfloat16", "float16"]),
             help="Convert the weights. [default: keep]",
         ),
-        click.option(
-            "--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1, mps."
+        shared(
+            SOURCE, "--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1, mps."
         ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seeds whatever is drawn at random."),
+        shared(SOURCE, "--seed", type=int, default=0, show_default=True, help="Seeds whatever is drawn at random."),
     )(command)
 
 
@@ -178,22 +229,27 @@ def corpus_options(command: Command) -> Command:
     return _bundled(
         "corpus",
         CorpusOptions,
-        click.option(
+        shared(
+            TEXT,
             "--text",
             type=text_path,
             multiple=True,
             help="Text file (one document), folder of *.txt, or - for standard input; may be repeated. "
             "[default: English text that comes with Python]",
         ),
-        click.option("--jsonl", type=_file, help="JSON lines, one document each."),
-        click.option("--text-key", default="text", show_default=True, help="The key of the text in --jsonl."),
-        click.option("--tokens", type=_file, help="Token ids: .npy (integers) or .bin (uint16)."),
-        click.option(
-            "--window", type=click.IntRange(min=2), help="Tokens in a window. [default: 256, or the model's limit]"
+        shared(TEXT, "--jsonl", type=_file, help="JSON lines, one document each."),
+        shared(TEXT, "--text-key", default="text", show_default=True, help="The key of the text in --jsonl."),
+        shared(TEXT, "--tokens", type=_file, help="Token ids: .npy (integers) or .bin (uint16)."),
+        shared(
+            TEXT,
+            "--window",
+            type=click.IntRange(min=2),
+            help="Tokens in a window. [default: 256, or the model's limit]",
         ),
-        click.option("--ragged", is_flag=True, help="Keep every document whole instead of cutting equal windows."),
-        click.option("--max-tokens", type=click.IntRange(min=1), help="Take the first windows up to so many tokens."),
-        click.option(
+        shared(TEXT, "--ragged", is_flag=True, help="Keep every document whole instead of cutting equal windows."),
+        shared(TEXT, "--max-tokens", type=click.IntRange(min=1), help="Take the first windows up to so many tokens."),
+        shared(
+            TEXT,
             "--batch-tokens",
             type=click.IntRange(min=1),
             help="Tokens run at once. [default: 2048 for a capture, 1024 for an analysis]",
@@ -203,4 +259,4 @@ def corpus_options(command: Command) -> Command:
 
 def output_options(command: Command) -> Command:
     """Add --json; the command gets `as_json: bool`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")(command)
+    return shared(RESULT, "--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")(command)

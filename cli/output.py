@@ -1,20 +1,43 @@
-"""What commands print: rows as an aligned table or as one JSON object on stdout, notes on stderr."""
+"""What commands print: rows as a table that fits 80 columns, or as one JSON object, on stdout; notes on stderr."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from streamlens.analyses.result import plain, scalar
+from streamlens.progress import SILENT
 
 SCHEMA = 1
 """Version of the JSON object: raised when a row's key changes its meaning or goes away."""
 
+WIDTH = 80
+"""Columns that everything fits, whatever the terminal is: what is printed does not depend on who reads it."""
+
+LOGGER = logging.getLogger("streamlens")
+"""What the library tells; the command line shows its warnings as notes, and the rest with --verbose."""
+
 _GAP = "  "
+
+HEADINGS = {
+    "relative_write": "rel_write",
+    "block_influence": "influence",
+    "projection_share": "proj_share",
+    "final_frame_norm": "final_norm",
+    "logit_attribution": "logit_attr",
+    "r_squared_control": "r2_control",
+    "mean_absolute_error": "mean_error",
+}
+"""What tables call the columns whose names are much wider than their numbers; elsewhere they keep their names."""
 
 
 def print_rows(
@@ -46,12 +69,60 @@ def print_rows(
             heading, lines = table(other).split("\n", 1)
             click.echo(f"\n{name}:" if name else "", nl=bool(name))
             click.echo(f"{bold(heading)}\n{lines}")
+            if left_out := _fitting(other)[1]:
+                print_notes([f"{', '.join(left_out)}: left out of the table for its width; --json has all columns"])
+
+
+def print_record(command: str, row: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the one row of a command: a line for each value, or as JSON the same as `print_rows`."""
+    if as_json:
+        print_rows(command, [row], as_json=True)
+        return
+    width = max(map(len, row))
+    for name, value in row.items():
+        click.echo(f"{bold(name.ljust(width))}{_GAP}{human(value)}")
+
+
+def wrapped(text: str, indent: str = "  ") -> str:
+    """Break lines at blanks so that they fit; what has no blank, such as a path, stays whole.
+
+    Args:
+        text: one or more lines, each of which is wrapped by itself.
+        indent: what the second and later lines of each begin with.
+
+    >>> print(wrapped("note: " + "word " * 15 + "a/path"))
+    note: word word word word word word word word word word word word word word word
+      a/path
+    """
+    wrapper = textwrap.TextWrapper(
+        WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+    return "\n".join(wrapper.fill(line) for line in text.split("\n"))
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Tell the user, on stderr, what was left out or assumed."""
+    """Tell the user, on stderr, what was left out or assumed; not under --quiet."""
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        tell(f"note: {note}")
+
+
+def tell(text: str) -> None:
+    """Print a line to stderr, unless --quiet."""
+    if not SILENT.get():
+        click.echo(wrapped(text), err=True)
+
+
+@contextmanager
+def stage(done: str) -> Iterator[None]:
+    """With --verbose, say what was done and how long it took."""
+    started = time.perf_counter()
+    yield
+    detail(f"{done}, in {time.perf_counter() - started:.2f} s")
+
+
+def detail(text: str) -> None:
+    """Say something that only --verbose shows."""
+    LOGGER.info("%s", text)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -62,9 +133,27 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     attn    0.25
     mlp       -1
     """
+    return _fitting(rows)[0]
+
+
+def _fitting(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
+    """Return the table, made to fit, and the columns that were left out for it.
+
+    First digits go, then columns from the right: a table lists what was asked for first.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[human(row.get(name)) for name in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for count in range(len(columns), 0, -1):
+        for digits in (4, 3):
+            made = _aligned(rows, columns[:count], digits)
+            if max(map(len, made.split("\n"))) <= WIDTH:
+                return made, columns[count:]
+    return made, columns[1:]
+
+
+def _aligned(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], digits: int) -> str:
+    headings = [HEADINGS.get(name, name) for name in columns]
+    cells = [[human(row.get(name), digits) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     to_right = [all(_is_number(row.get(name)) for row in rows) for name in columns]
 
     def line(texts: Sequence[str]) -> str:
@@ -74,11 +163,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         return _GAP.join(padded).rstrip()
 
-    return "\n".join([line(columns), *map(line, cells)])
+    return "\n".join([line(headings), *map(line, cells)])
 
 
-def human(value: Any) -> str:
-    """One cell: four digits of a float, thousands separated in a count, nothing as a dash, no control characters.
+def human(value: Any, digits: int = 4) -> str:
+    """One cell: so many digits of a float, thousands separated in a count, nothing as a dash, no control characters.
 
     >>> human(12345), human(0.000123456), human(None)
     ('12,345', '0.0001235', '-')
@@ -91,7 +180,7 @@ def human(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return "-" if math.isnan(value) else f"{value:.{digits}g}"
     # Labels come from files that strangers wrote: an escape sequence in one must not reach the terminal.
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 

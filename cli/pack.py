@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from streamlens.cli.options import ModelOptions, model_options, output_options
-from streamlens.cli.output import print_rows
+from streamlens.cli.options import ModelOptions, Sectioned, model_options, output_options
+from streamlens.cli.output import print_record
 
 
-@click.command("pack")
+@click.command("pack", cls=Sectioned)
 @model_options
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The file to write.")
 @output_options
@@ -28,4 +28,4 @@ def command(model: ModelOptions, out: Path, as_json: bool) -> None:
     loaded = model.load()
     path = pack(loaded, out)
     row = {"source": loaded.source, "out": str(path), "bytes": path.stat().st_size, "sha256": loaded.sha256}
-    print_rows("pack", [row], as_json=as_json)
+    print_record("pack", row, as_json=as_json)

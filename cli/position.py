@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
+from streamlens.cli.options import Sectioned
 from streamlens.cli.output import print_notes
 from streamlens.errors import UsageError
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from streamlens.analyses.source import Source
 
 
-@click.command("position")
+@click.command("position", cls=Sectioned)
 @analysis_options
 @click.option(
     "--positions",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from streamlens.cli.options import output_options
-from streamlens.cli.output import print_rows
+from streamlens.cli.options import Sectioned, output_options
+from streamlens.cli.output import print_record
 
 
-@click.command("verify")
+@click.command("verify", cls=Sectioned)
 @click.argument("capture", type=click.Path(path_type=Path))
 @output_options
 def command(capture: Path, as_json: bool) -> None:
@@ -39,5 +39,5 @@ def command(capture: Path, as_json: bool) -> None:
         "worst_error": found.worst,
         "where": found.where or None,
     }
-    print_rows("verify", [row], as_json=as_json)
+    print_record("verify", row, as_json=as_json)
     found.demand()

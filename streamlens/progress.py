@@ -5,12 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import TracebackType
-from typing import Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
-from tqdm import tqdm
+from streamlens.wording import counted, human_bytes
 
-from streamlens.store.layout import human_bytes
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+SILENT: ContextVar[bool] = ContextVar("SILENT", default=False)
+"""Whether nothing shows its progress, whatever it was asked for: `streamlens --quiet` sets it."""
 
 
 class Progress:
@@ -40,13 +45,13 @@ class Progress:
             total_tokens: tokens in all.
             label: the word in front of the bar.
             done_tokens: tokens done by an earlier run.
-            enabled: whether to show anything at all.
+            enabled: whether to show anything at all; where `SILENT` is set, nothing is shown either way.
             stream: where to write; stderr by default.
             clock: counts seconds.
         """
         self.total_tokens = total_tokens
         self.label = label
-        self.enabled = enabled
+        self.enabled = enabled and not SILENT.get()
         self.tokens = done_tokens
         self.n_bytes = 0
         self._resumed_from = done_tokens
@@ -58,6 +63,8 @@ class Progress:
         """Start the clock and show the bar, or the first line."""
         self._started = self._clock()
         if self.enabled and (self._stream.isatty() or "ipykernel" in sys.modules):
+            from tqdm import tqdm
+
             self._bar = tqdm(
                 total=self.total_tokens,
                 initial=self.tokens,
@@ -69,7 +76,7 @@ class Progress:
             )
         else:
             resumed = f", {self.tokens:,} of them done before" if self.tokens else ""
-            self._line(f"{self.total_tokens:,} tokens{resumed}")
+            self._line(f"{counted(self.total_tokens, 'token')}{resumed}")
         return self
 
     def update(self, tokens: int, n_bytes: int = 0) -> None:
@@ -92,13 +99,15 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         seconds = self._seconds()
-        so_far = f"{self.tokens:,} of {self.total_tokens:,} tokens"
+        so_far = f"{self.tokens:,} of {counted(self.total_tokens, 'token')}"
         left = kind is not None and issubclass(kind, GeneratorExit)
         outcome = "done" if kind is None else so_far if left else f"stopped after {so_far}"
         done = self.tokens - self._resumed_from
         size = f", {human_bytes(self.n_bytes)}" if self.n_bytes else ""
         speed = f", {human_bytes(int(self.n_bytes / seconds))}/s" if self.n_bytes else ""
-        self._line(f"{outcome}: {done:,} tokens{size} in {seconds:.1f} s ({done / seconds:,.0f} tokens/s{speed})")
+        self._line(
+            f"{outcome}: {counted(done, 'token')}{size} in {seconds:.1f} s ({done / seconds:,.0f} tokens/s{speed})"
+        )
 
     def _seconds(self) -> float:
         return max(self._clock() - self._started, 1e-9)

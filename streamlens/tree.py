@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from streamlens.anatomy import Anatomy, Norm, Stream, Sublayer
+from streamlens.wording import counted
 
 _PLACES = {
     "pre": "norm before the branch",
@@ -37,7 +38,8 @@ def draw(anatomy: Anatomy) -> str:
 
 def _stream(anatomy: Anatomy, stream: Stream) -> Iterator[str]:
     layout = ", laid out (position, doc)" if stream.position_first else ""
-    yield f"{stream.name}: d_model {stream.d_model}, {stream.layers} layers, {len(stream.sublayers)} sublayers{layout}"
+    size = f"{counted(stream.layers, 'layer')}, {counted(len(stream.sublayers), 'sublayer')}"
+    yield f"{stream.name}: d_model {stream.d_model}, {size}{layout}"
     embedded = [n for n in stream.norms if n.label == "embed"]
     around = f", then {_norm(embedded[0])}" if embedded else ""
     yield f"├─ x_0 = {' + '.join(p.label for p in stream.parts)}{around}"
@@ -48,7 +50,7 @@ def _stream(anatomy: Anatomy, stream: Stream) -> Iterator[str]:
     final = [n for n in stream.norms if n.label == "final"]
     ending = f" -> {_norm(final[0])}" if final else ""
     if anatomy.head.stream == stream.name and anatomy.head.vocab is not None:
-        ending += f" -> head ({anatomy.head.modules[-1]}), {anatomy.head.vocab:,} logits"
+        ending += f" -> head ({anatomy.head.modules[-1]}), {counted(anatomy.head.vocab, 'logit')}"
     yield f"└─ x_{len(stream.steps)}{ending}"
 
 
@@ -61,7 +63,7 @@ def _layers(stream: Stream, layers: list[int], rows: tuple[Sublayer, ...], folde
     width = max(len(s.kind) for s in rows)
     for sublayer in rows:
         path = _generic(sublayer) if folded else sublayer.module
-        heads = f"  ({sublayer.heads} heads)" if sublayer.heads else ""
+        heads = f"  ({counted(sublayer.heads, 'head')})" if sublayer.heads else ""
         yield f"│    {sublayer.kind:<{width}}  {path or 'the model itself'}{heads}"
 
 

@@ -84,7 +84,7 @@ def test_an_interrupt_is_130_and_says_what_can_be_resumed(failing: str) -> None:
 def test_a_wrong_command_is_a_usage_error() -> None:
     result = CliRunner().invoke(main, ["captur"])
     assert result.exit_code == 2
-    assert "No such command 'captur'" in result.stderr
+    assert "no such command 'captur'; did you mean capture?" in result.stderr
 
 
 def test_the_groups_help_lists_every_command_and_imports_none() -> None:
@@ -97,7 +97,7 @@ def test_the_groups_help_lists_every_command_and_imports_none() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("Usage: streamlens [OPTIONS] COMMAND")
+    assert result.stdout.startswith("Usage: streamlens [OPTIONS] [COMMAND]")
     for name in COMMANDS:
         assert f"\n  {name} " in result.stdout
     assert "Example:\n    streamlens capture model.pt\n    streamlens inspect model.h5" in result.stdout
@@ -264,9 +264,9 @@ ROWS = [
 def test_rows_become_an_aligned_table(capsys: pytest.CaptureFixture[str]) -> None:
     print_rows("inspect", ROWS, as_json=False)
     assert capsys.readouterr().out == (
-        "label        bytes  relative_write  exact\n"
-        "3_attn_out  12,288          0.1235  yes\n"
-        "embed            7               2  -\n"
+        "label        bytes  rel_write  exact\n"
+        "3_attn_out  12,288     0.1235  yes\n"
+        "embed            7          2  -\n"
     )  # fmt: skip
 
 

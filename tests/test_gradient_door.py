@@ -317,7 +317,7 @@ def test_the_command_after_a_capture(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len((tmp_path / "g.csv").read_text().splitlines()) == len(rows) + 1
     table = run.invoke(main, ["gradient", MODEL, *SMALL, "--sequences", "2"])
     assert max(map(len, table.stdout.splitlines())) <= 80
-    assert "2 sequences of 1 document;" in table.stderr
+    assert "2 sequences of 1 document;" in " ".join(table.stderr.split())
 
 
 @pytest.mark.parametrize("arguments", [["--max-length", "3"], ["--all", "--sequences", "2"]])

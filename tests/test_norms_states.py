@@ -236,7 +236,7 @@ class TestCommand:
         assert all(-1 <= row["cosine"] <= 1 for row in rows)
 
     def test_the_final_frame_is_shown_where_there_is_one(self) -> None:
-        assert "final_frame_norm" in self.run().stdout
+        assert "final_norm" in self.run().stdout
 
     @pytest.mark.parametrize(
         "arguments", [["--states", "--cosines"], ["--states", "--heads"], ["--cosines", "--logits"]]

@@ -116,7 +116,7 @@ def test_a_wrong_target_stops_before_the_model_is_loaded(
     monkeypatch.setattr(source, "live_source", None)
     done = run("norms", MODEL, *SMALL, option, target)
     assert done.exit_code == 2
-    assert f"Invalid value for '{option}'" in done.stderr
+    assert f"invalid value for '{option}'" in done.stderr
     assert message in " ".join(done.stderr.split())
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from streamlens.analyses.result import Result
 from streamlens.analyses.statistics import Floats
+from streamlens.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +90,8 @@ class PositionResult(Result):
         """What the averages are over, in words."""
         first = 0 if self.include_first else 1
         left = f"; {self.documents_left_out:,} shorter ones left out" if self.documents_left_out else ""
-        return f"positions {first} to {first + self.positions - 1} of {self.documents:,} documents or windows{left}"
+        of = f"{counted(self.documents, 'document')} or window{'' if self.documents == 1 else 's'}"
+        return f"positions {first} to {first + self.positions - 1} of {of}{left}"
 
     @property
     def origins(self) -> OriginResult:

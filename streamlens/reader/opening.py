@@ -20,7 +20,8 @@ from streamlens.reader.stream import Key, OwnDtypes, StreamView
 from streamlens.replay import dtype_named
 from streamlens.store.hdf5 import open_description
 from streamlens.store.integrity import Recorded, read_recorded
-from streamlens.store.layout import PARTIAL_SUFFIX, human_bytes
+from streamlens.store.layout import PARTIAL_SUFFIX
+from streamlens.wording import human_bytes
 
 if TYPE_CHECKING:
     import xarray

@@ -6,7 +6,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from streamlens.reader.stream import StreamView
-from streamlens.store.layout import dtype_name, human_bytes
+from streamlens.store.layout import dtype_name
+from streamlens.wording import human_bytes
 
 if TYPE_CHECKING:
     from streamlens.reader.opening import Capture

@@ -22,7 +22,8 @@ from streamlens.errors import StorageError
 from streamlens.store.direct import DirectFile, byte_view
 from streamlens.store.hdf5 import ALIGNMENT, create_dataset, file_type, require_group
 from streamlens.store.integrity import HEADER_DIGEST, header_digest
-from streamlens.store.layout import FORMAT, FORMAT_VERSION, PROOF_COLUMNS, Layout, human_bytes, n_bytes
+from streamlens.store.layout import FORMAT, FORMAT_VERSION, PROOF_COLUMNS, Layout, n_bytes
+from streamlens.wording import human_bytes
 
 Static = npt.NDArray[Any] | Tensor
 Attributes = Mapping[str, str | int | float]

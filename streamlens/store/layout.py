@@ -168,21 +168,6 @@ def n_bytes(shape: Sequence[int], itemsize: int) -> int:
     return math.prod(shape) * itemsize
 
 
-def human_bytes(count: int) -> str:
-    """Return a byte count as people read it.
-
-    >>> human_bytes(1536), human_bytes(7)
-    ('1.5 KiB', '7 bytes')
-    """
-    if count < 1024:
-        return f"{count} bytes"
-    size, units = count / 1024, ["KiB", "MiB", "GiB", "TiB", "PiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{size:.1f} {units[0]}"
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the plain name of a torch dtype.
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from streamlens.errors import UsageError
 from streamlens.store.direct import PAGE
-from streamlens.store.layout import human_bytes
 from streamlens.store.writer import CaptureWriter
+from streamlens.wording import human_bytes
 
 
 class SlotPool:
