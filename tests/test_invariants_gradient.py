@@ -224,6 +224,19 @@ def test_the_path_of_no_branch_is_pulled_back_step_by_step(name: str) -> None:
         assert torch.equal(shortest, gradients[-1])
 
 
+def test_branches_and_lengths_of_a_parallel_model_add_up_to_the_gradient() -> None:
+    """GPT-J, which does a part of its attention in float32 whatever it is given."""
+    graph = graph_of(case("gptj", DOUBLE))
+    gradients = graph.gradients()
+    for step in range(2):
+        pulled = graph.across(step, gradients[step + 1][None])
+        assert len(pulled.writes) == 2
+        whole = pulled.skip + sum(graph.through(s, at_write) for s, at_write in pulled.writes.items())
+        assert relative(whole[0], gradients[step]) < 1e-6
+    paths, _ = spectrum_of(graph, gradients, 2)
+    assert relative(paths.sum(0), gradients[0]) < 1e-6
+
+
 # ---- slopes of the cross-entropy -----------------------------------------------------------------------------------
 
 
@@ -263,24 +276,45 @@ PROJECTIONS = {
     "gptj": ("attn.out_proj", "mlp.fc_out"),
     "granite": ("self_attn.o_proj", "mlp.down_proj"),
     "llama": ("self_attn.o_proj", "mlp.down_proj"),
+    "t5": ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"),
+}
+IN_POST_NORM = {
+    "bert": ("output.dense",),
+    "bart": ("self_attn.out_proj", "encoder_attn.out_proj", "fc2"),
+    "user_post_norm": ("attention.out_proj", "linear2"),
 }
 
 
-@pytest.mark.parametrize("name", [*PROJECTIONS, "gemma2"])
-def test_where_branches_write_nothing_all_of_the_gradient_takes_the_skip(name: str) -> None:
+def silent(name: str, makers: tuple[str, ...]) -> nn.Module:
+    """Copy a model in which no branch writes anything."""
     module = copy.deepcopy(case(name).module)
     for path, part in module.named_modules():
         if name == "gemma2" and path.endswith(("post_attention_layernorm", "post_feedforward_layernorm")):
             part.weight.data.fill_(-1)  # its norms scale by 1 + weight
-        elif path.endswith(PROJECTIONS.get(name, ())):
+        elif path.endswith(makers):
             for parameter in part.parameters():
                 parameter.data.zero_()
+    return module
+
+
+@pytest.mark.parametrize("name", [*PROJECTIONS, "gemma2"])
+def test_where_branches_write_nothing_all_of_the_gradient_takes_the_skip(name: str) -> None:
+    module = silent(name, PROJECTIONS.get(name, ()))
     found = sl.gradient_flow(module, inputs=case(name).inputs, progress=False)
     for flow in (found.flow, found.flow_all):
         assert np.array_equal(flow.skip_share, np.ones_like(flow.skip_share))
         assert np.array_equal(flow.branch_share, np.zeros_like(flow.branch_share))
         assert np.array_equal(flow.relative_norm, np.ones_like(flow.relative_norm))
     assert found.closure == 0
+
+
+@pytest.mark.parametrize("name", IN_POST_NORM)
+def test_behind_norms_too_nothing_comes_through_branches_that_write_nothing(name: str) -> None:
+    """The norms on the stream are still passed, so its size changes."""
+    found = sl.gradient_flow(silent(name, IN_POST_NORM[name]), inputs=case(name).inputs, progress=False)
+    assert np.array_equal(found.flow.branch_share, np.zeros_like(found.flow.branch_share))
+    np.testing.assert_allclose(found.flow.skip_share, 1.0, atol=1e-6)
+    assert np.abs(found.flow.relative_norm[:-1, 0] - 1).min() > 1e-3
 
 
 def test_a_dead_layer_passes_the_gradient_on_as_it_is() -> None:
