@@ -64,8 +64,18 @@ def capture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page_file(capture_file: Path) -> Path:
-    return sl.report(capture_file, progress=False, tokens=TOKENS, positions=range(12))
+def other_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with a louder layer."""
+    out, louder = tmp_path_factory.mktemp("other") / "louder.h5", sl.load(MODEL)
+    with torch.no_grad():
+        louder.module.get_submodule("transformer.h.3.mlp.c_proj").get_parameter("weight").mul_(1.5)
+    sl.capture(louder, out=out, max_tokens=TOKENS, progress=False).close()
+    return out
+
+
+@pytest.fixture(scope="module")
+def page_file(capture_file: Path, other_file: Path) -> Path:
+    return sl.report(capture_file, progress=False, tokens=TOKENS, positions=range(12), against=other_file)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +108,18 @@ def test_each_download_holds_what_the_analysis_finds(page: Page, capture_file: P
     same(page.table("ablation.csv"), sl.ablate(capture_file, units="layers", **quiet).rows())
     same(page.table("position.csv"), sl.positional_persistence(capture_file, **quiet).rows())
     same(page.table("gradient.csv"), sl.gradient_flow(capture_file, **quiet).rows())
+
+
+def test_the_comparison_is_that_of_both_captures(page: Page, capture_file: Path, other_file: Path) -> None:
+    found = sl.compare(capture_file, other_file, progress=False)
+    assert found.loss is not None
+    assert found.similarity is not None
+    assert found.moved is not None
+    same(page.table("comparison.csv"), found.rows())
+    same(page.table("similarity.csv"), found.similarity.rows())
+    same(page.table("distance.csv"), found.moved.rows())
+    assert f"a difference of {found.loss['difference']:.3g} " in page.text
+    assert "What is other in louder.h5?" in page.text
 
 
 def test_the_grid_is_what_the_lens_finds(page: Page, capture_file: Path) -> None:

@@ -35,7 +35,8 @@ def browser() -> Iterator[Any]:
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("page")
     sl.capture(MODEL, out=folder / "model.h5", max_tokens=1024, progress=False).close()
-    return sl.report(folder / "model.h5", progress=False, positions=range(POSITIONS)).as_uri()
+    given: dict[str, Any] = {"against": folder / "model.h5", "positions": range(POSITIONS), "progress": False}
+    return sl.report(folder / "model.h5", **given).as_uri()
 
 
 @pytest.fixture(params=[(1280, "light"), (400, "light"), (1280, "dark"), (400, "dark")], ids=lambda p: f"{p[0]}-{p[1]}")

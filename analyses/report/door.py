@@ -33,7 +33,8 @@ def report(
     out: str | Path | None = None,
     *,
     model: Model | None = None,
-    sections: Sequence[str] = tuple(SECTIONS),
+    against: Origin | None = None,
+    sections: Sequence[str] | None = None,
     tokens: int | None = None,
     positions: Sequence[int] = range(40),
     doc: int | None = None,
@@ -46,7 +47,8 @@ def report(
         origin: a capture or its path.
         out: the page; by default beside the capture, ``<capture>.html``.
         model: the capture's model, where it is loaded already.
-        sections: which of `SECTIONS`, in the order of the page.
+        against: another capture, for the section that compares both.
+        sections: which of `SECTIONS`, in the order of the page; by default all that there is something to say to.
         tokens: for the lens and the ablation: about how many tokens, in windows spread over the text; by default
             fewer for larger models.
         positions: positions of the interactive lens grid.
@@ -60,27 +62,35 @@ def report(
     Raises:
         UsageError: a section that is not there; a model instead of a capture of it.
     """
-    unknown = [name for name in sections if name not in SECTIONS]
-    if unknown:
-        raise UsageError(f"there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    asked = _asked(sections, compares=against is not None)
     source = source_of(origin, model=model)
     if not isinstance(source, CaptureSource):
         raise UsageError("a report is about a capture, which holds the proof: run `streamlens capture` first")
     opened = source.capture
     path = Path(out) if out is not None else opened.path.with_suffix(".html")
     tracks = None
-    if "lens" in sections:
+    if "lens" in asked:
         try:
             tracks = token_tracks(source, positions=positions, doc=doc)
         except MissingDataError as reason:
             tell(f"lens grid: {reason}")
-    look = Look(source, tokens or _affordable(source), tracks, progress)
-    made = [_made(name, look, tell) for name in SECTIONS if name in sections]
+    other = None if against is None else source_of(against)
+    look = Look(source, tokens or _affordable(source), tracks, progress, other)
+    made = [_made(name, look, tell) for name in asked]
     text = render(opened, [section for section in made if section is not None], tracks)
     partial = path.with_name(path.name + ".part")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def _asked(sections: Sequence[str] | None, *, compares: bool) -> list[str]:
+    """Return the sections to make, in the order of the page."""
+    if sections is None:
+        return [name for name in SECTIONS if compares or name != "comparison"]
+    if unknown := [name for name in sections if name not in SECTIONS]:
+        raise UsageError(f"there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    return [name for name in SECTIONS if name in sections]
 
 
 def _affordable(source: CaptureSource) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from streamlens.analyses.ablation.sweep import ablate
+from streamlens.analyses.compare.door import compare
 from streamlens.analyses.gradient.door import gradient_flow
 from streamlens.analyses.lens.door import logit_lens
 from streamlens.analyses.lens.grid import shown
@@ -20,6 +21,7 @@ from streamlens.analyses.report.stream_map import Branch, draw_stream
 from streamlens.analyses.sampling import sampled, window_lengths
 from streamlens.analyses.source import Source
 from streamlens.anatomy import Sublayer
+from streamlens.errors import MissingDataError
 
 SEQUENCES = 8
 """For the gradient, which is taken once for each of so many windows."""
@@ -36,6 +38,8 @@ class Look:
     """For analyses that run the model or its head: about so many tokens, in windows spread over the text."""
     tracks: TokenTracks | None
     progress: bool
+    against: Source | None = None
+    """Another capture, to compare with."""
 
     def some(self) -> Source:
         """Return windows of about `tokens` tokens, spread over the text."""
@@ -182,14 +186,54 @@ def gradient_section(look: Look) -> Section:
     )
 
 
+def comparison_section(look: Look) -> Section:
+    """What is other in another capture."""
+    if look.against is None:
+        raise MissingDataError("it takes another capture to compare with")
+    found = compare(look.source, look.against, progress=look.progress)
+    first, second = found.names
+    clear, count = found.clear()
+    answer = f"{clear} of {count} relative writes differ from those of {second} by more than their interval."
+    if found.loss is not None:
+        loss = found.loss
+        answer += (
+            f" The loss is {loss['first']:.4g} nats per token here and {loss['second']:.4g} there: a difference of "
+            f"{loss['difference']:.3g} (95 % interval {loss['low']:.3g} to {loss['high']:.3g})."
+        )
+    over = f"95 % intervals over {found.unit}s of this text; they say nothing of another training."
+    figures = [
+        figure(found.plot_both(), "Relative writes of both", f"Means over tokens. Full: {first}. Dashed: {second}."),
+        figure(found.plot(), "Difference of relative writes", f"{second} less {first}. {over}"),
+    ]
+    tables = [table(found, "Comparison", "comparison.csv")]
+    if found.similarity is not None:
+        tables.append(table(found.similarity, "Likeness of states", "similarity.csv"))
+        what = "Debiased linear CKA: 1 for states that are equal up to rotation, shift and scale."
+        figures.append(figure(found.similarity.plot(), "Likeness of states", what))
+    if found.moved is not None:
+        tables.append(table(found.moved, "Distance of vectors", "distance.csv"))
+        what = "Cosine of each state and write with the other model's: it means something where both share coordinates."
+        figures.append(figure(found.moved.plot(), "Distance of vectors", what))
+    return Section(
+        "comparison",
+        "Comparison",
+        f"What is other in {second}?",
+        answer,
+        figures=tuple(figures),
+        tables=tuple(tables),
+        notes=tuple(says[0].upper() + says[1:] + "." for says in found.says),
+    )
+
+
 SECTIONS: Mapping[str, Callable[[Look], Section]] = {
     "stream": stream_section,
     "lens": lens_section,
     "ablation": ablation_section,
     "position": position_section,
     "gradient": gradient_section,
+    "comparison": comparison_section,
 }
-"""By name, in the order of the page."""
+"""By name, in the order of the page; the comparison is there where something is compared with."""
 
 
 def grid_of(tracks: TokenTracks) -> Grid:
