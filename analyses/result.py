@@ -29,9 +29,22 @@ class Result(ABC):
     title: str
     """What was asked, of which model and text; the title of the figure."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Give every result the one line below: a dataclass makes a text of its own, with all arrays in it."""
+        super().__init_subclass__(**options)
+        cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """Return what was asked, in one line."""
+        return f"<{type(self).__name__}{': ' * bool(self.title)}{self.title}>"
+
     @abstractmethod
     def rows(self) -> list[dict[str, Any]]:
         """Return the table as plain rows; the keys are words, with the unit where there is one."""
+
+    def short_rows(self) -> list[dict[str, Any]]:
+        """Return the columns that fit a page: all, where the result does not choose."""
+        return self.rows()
 
     @abstractmethod
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -70,14 +83,18 @@ class Result(ABC):
         return path
 
     def _repr_html_(self) -> str:
+        import pandas as pd
+
         from streamlens.analyses.figures import save_figure
 
         drawn = io.StringIO()
         save_figure(self.plot(), drawn)
         picture = drawn.getvalue()
-        frame = self.to_frame()
+        rows = self.short_rows()
+        frame = pd.DataFrame(rows).dropna(axis="columns", how="all")
         table = frame.head(8).to_html(index=False, border=0, float_format=lambda v: f"{v:.4g}")
-        more = f"<p>{len(frame):,} rows: <code>to_frame()</code> has all of them</p>" if len(frame) > 8 else ""
+        table = f"<div style='overflow-x:auto'>{table}</div>"
+        more = f"<p>{len(rows):,} rows: <code>to_frame()</code> has all of them</p>" if len(rows) > 8 else ""
         return (
             f"<figure style='max-width:52em'>{picture[picture.index('<svg') :]}</figure>"
             f"<details><summary>{html.escape(self.title)}</summary>{table}{more}</details>"

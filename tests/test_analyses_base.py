@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -177,6 +178,31 @@ def test_shown_in_a_notebook() -> None:
     assert shown.count("<tr") == 8 + 1
     assert "10 rows" in shown
     assert "rows: <code>" not in Sizes("few", (1.0,))._repr_html_()
+
+
+@dataclass(frozen=True)
+class Wide(Sizes):
+    """A result that knows which columns matter, and has one without any value."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """With a column that holds nothing."""
+        return [{**row, "nothing": float("nan"), "none": None, "rarely": 1.0} for row in super().rows()]
+
+    def short_rows(self) -> list[dict[str, Any]]:
+        """Without the last column."""
+        return [{k: v for k, v in row.items() if k != "rarely"} for row in self.rows()]
+
+
+def test_a_wide_table_is_shown_by_its_short_columns_and_scrolls() -> None:
+    shown = Wide("wide", (1.0, 2.0))._repr_html_()
+    table = shown[shown.index("overflow-x:auto") : shown.index("</table>")]
+    assert re.findall(r"<th>(.*?)</th>", table) == ["layer", "size", "count"]
+
+
+def test_as_text_a_result_is_one_line_without_its_arrays() -> None:
+    assert repr(RESULT) == "<Sizes: Sizes of <a model>>"
+    assert repr(Wide("wide", (1.0, 2.0))) == "<Wide: wide>"
+    assert repr(Sizes("", (1.0,))) == "<Sizes>"
 
 
 # ---- figures ------------------------------------------------------------------------------------------------------
