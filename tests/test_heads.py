@@ -14,7 +14,7 @@ from streamlens.analyses.heads import projections
 from streamlens.analyses.source import source_of
 from streamlens.checkpoint.model import wrap
 from streamlens.errors import MissingDataError
-from tests.conftest import case, minilm, smollm2
+from tests.conftest import case
 
 SHAPES = [
     "gpt2", "llama", "gptj", "granite", "bloom", "bert", "t5", "bart", "vit", "nanogpt", "user_post_norm",
@@ -183,18 +183,6 @@ def test_heads_in_other_precisions(name: str, dtype: torch.dtype) -> None:
         index = found.anatomy.stream().find("1_attn_out").index
         rows = learned[index].weight.flatten(0, 1)
         torch.testing.assert_close(rows, own.detach().to(rows), rtol=0.5 * torch.finfo(dtype).eps, atol=1e-5)
-
-
-@pytest.mark.real
-@pytest.mark.parametrize("model", [smollm2, minilm])
-def test_heads_of_real_models(model: Any) -> None:
-    """SmolLM2 has nine heads over three keys and values; MiniLM a bias behind each projection."""
-    source = source_of(model(), window=32, max_tokens=32, heads=True)
-    learned, block = projections(source), next(iter(source.blocks()))
-    assert len(learned) == source.stream.layers
-    for index, projection in learned.items():
-        heads, rest = projection.split(block.mixes[index], block.writes[index])
-        assert relative(heads.sum(1) + rest, block.writes[index]) < 1e-5
 
 
 def test_what_is_no_norm_is_refused() -> None:

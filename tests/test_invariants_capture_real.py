@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,16 @@ import torch
 from torch import Tensor
 
 import streamlens as sl
+from streamlens.errors import UsageError
 from streamlens.observation import observe
 from streamlens.proof import same_bits
 from streamlens.reader.opening import Capture
-from tests.conftest import minilm, smollm2
+from tests.conftest import REAL, minilm, smollm2
 from tests.test_invariants_capture import quietly, worst_of_orders
 
 pytestmark = pytest.mark.real
 
-WINDOW, TOKENS = 64, 128
-OPTIONS: dict[str, Any] = {"window": WINDOW, "max_tokens": TOKENS, "batch_tokens": TOKENS, "progress": False}
-
-
-@pytest.fixture(scope="module")
-def smollm2_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Capture]:
-    with sl.capture(smollm2(), out=tmp_path_factory.mktemp("s") / "x.h5", **OPTIONS) as capture:
-        yield capture
-
-
-@pytest.fixture(scope="module")
-def minilm_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Capture]:
-    with sl.capture(minilm(), out=tmp_path_factory.mktemp("m") / "x.h5", **OPTIONS) as capture:
-        yield capture
+WINDOW = REAL["window"]
 
 
 def laid_out(rows: Tensor) -> Tensor:
@@ -116,3 +103,54 @@ def test_looking_at_heads_changes_no_bit_of_the_output(load: Any) -> None:
         assert same_bits(module(ids)[0], before)
     assert len(seen.value_mixes["main"]) == len(seen.writes["main"]) / 2
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+@pytest.mark.parametrize(("fixture", "load"), [("smollm2_file", smollm2), ("minilm_file", minilm)])
+def test_however_the_text_is_cut_and_whatever_is_stored(
+    fixture: str, load: Any, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """T-C5: document by document and without reads, against both at once with them."""
+    whole: Capture = request.getfixturevalue(fixture)
+    cut_up: dict[str, Any] = {**REAL, "batch_tokens": WINDOW, "heads": False, "compact": True}
+    with sl.capture(load(), out=tmp_path / "x.h5", **cut_up) as cut:
+        assert [b.stop for b in cut.stream().blocks()] == [WINDOW, 2 * WINDOW]
+        for column in ("id", "doc", "position"):
+            assert torch.equal(getattr(cut.tokens, column), getattr(whole.tokens, column))
+        stream = whole.anatomy.stream()
+        for s in stream.labels:
+            close(cut.write(s), whole.write(s))
+            close(cut.read(s), whole.read(s))
+        close(cut.final, whole.final)
+        for row in range(len(stream.norms)):
+            torch.testing.assert_close(cut.stream().norm_rstd[row], whole.stream().norm_rstd[row], rtol=1e-4, atol=0)
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    """Each token by itself: SmolLM2's sink is a thousand times as large as the other tokens."""
+    off = (ours.double() - theirs.double()).norm(dim=-1) / theirs.double().norm(dim=-1)
+    assert float(off.max()) < 1e-4
+
+
+@pytest.mark.parametrize("load", [smollm2, minilm])
+def test_ragged_documents_and_padded_ones(load: Any, tmp_path: Path) -> None:
+    """T-C6: documents of any length are each as if alone; padded into one batch they are refused."""
+    model = load()
+    documents = [list(range(1000, 1000 + 7 * n, 7)) for n in (5, 9)]
+    with sl.capture(model, tokens=documents, ragged=True, out=tmp_path / "x.h5", progress=False) as capture:
+        anatomy, stream = capture.anatomy, capture.anatomy.stream()
+        for number, ids in enumerate(documents):
+            rows = capture.tokens.doc == number
+            assert capture.tokens.id[rows].tolist() == ids
+            assert capture.tokens.position[rows].tolist() == list(range(len(ids)))
+            with quietly(), observe(model.module, anatomy) as alone:
+                model.module(torch.tensor([ids]))
+            for s in stream.sublayers:
+                close(capture.write(s.label)[rows], alone.writes[stream.name][s.index][0])
+                close(capture.read(s.label)[rows], alone.states[stream.name][s.read][0])
+    width = max(map(len, documents))
+    padded = torch.tensor([[0] * (width - len(row)) + row for row in documents])
+    inputs = {"input_ids": padded, "attention_mask": (padded > 0).long()}
+    for given in (inputs, {name: tensor.flip(1) for name, tensor in inputs.items()}):
+        with pytest.raises(UsageError, match=r"attention_mask marks 4 of 18 .*ragged=True"):
+            sl.capture(model, inputs=given, out=tmp_path / "padded.h5", progress=False)
+    assert not (tmp_path / "padded.h5").exists()

@@ -16,7 +16,7 @@ from streamlens.analyses.lens.tuned import train_lens
 from streamlens.analyses.lens.writes import write_lens
 from streamlens.analyses.source import source_of
 from streamlens.errors import UsageError
-from tests.conftest import case, smollm2
+from tests.conftest import case
 from tests.test_lens import KS, _one, look, plain
 from tests.test_lens_kernel import TestKernel
 
@@ -178,27 +178,3 @@ def test_training_lowers_every_state(name: str) -> None:
                 kl = float((final.exp() * (final - head.logits(state).log_softmax(-1))).sum())
                 before, after = (before, after + kl) if tuned else (before + kl, after)
         assert after < before, k
-
-
-@pytest.mark.real
-def test_smollm2_through_its_own_modules() -> None:
-    """Through the door: the last cross-entropy is the model's, three states by hand, writes add up to the logits."""
-    model = smollm2()
-    source = source_of(model, window=32, max_tokens=64)
-    block, module = next(iter(source.blocks())), model.module
-    own: Any = module
-    result = logit_lens(source, states=[10, 30, 50], progress=False)
-    ids = block.ids.reshape(block.shape)
-    with torch.no_grad():
-        logits = own(ids, use_cache=False).logits.double()
-        direct = torch.nn.functional.cross_entropy(logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())
-        assert result.cross_entropy.mean[-1] == pytest.approx(float(direct), rel=1e-5)
-        hidden = own(ids, use_cache=False, output_hidden_states=True).hidden_states
-        for place, layer in enumerate((5, 15, 25)):
-            lens = own.lm_head(own.model.norm(hidden[layer])).double()
-            truth = torch.nn.functional.cross_entropy(lens[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())
-            assert result.cross_entropy.mean[place] == pytest.approx(float(truth), rel=1e-4)
-        taken = write_lens(source, positions=range(1, 5))
-    centred = logits[0, 1:5] - logits[0, 1:5].mean(-1, keepdim=True)
-    whole = [float(centred[j, int(t)]) for j, t in enumerate(taken.targets)]
-    np.testing.assert_allclose(taken.target_logit.sum(0), whole, atol=1e-3)

@@ -15,6 +15,8 @@ from streamlens.analyses.norms.accumulate import ContributionNorms, _Walk
 from streamlens.analyses.norms.answer import NormsResult
 from streamlens.analyses.norms.measures import MEASURES, pair, proximities
 from streamlens.analyses.source import source_of
+from streamlens.anatomy import Stream
+from streamlens.block import Block
 from tests.conftest import case
 from tests.scaled_sums import IDS, build
 from tests.test_norms import columns, norms_of, source_for
@@ -22,36 +24,44 @@ from tests.test_norms import columns, norms_of, source_for
 SIZES = ("relative_write", "cosine", "growth", "block_influence")
 
 
-@pytest.mark.parametrize(
-    "name", ["gptj", "parallel_chain", "gemma2", "bert", "user_post_norm", "t5", "mamba", "scaled_skip_constant"]
-)
-def test_layers_by_a_plain_loop(name: str) -> None:
+def layer_by_hand(stream: Stream, block: Block, layer: int) -> dict[str, float]:
     """X before the layer, w the sum of its writes as they stand at its end, y their sum; influence from real states."""
-    source = source_for(case(name))
-    (block,) = source.blocks()
-    stream, result = source.stream, norms_of(source)
-    for layer in range(stream.layers):
-        own = [s for s in stream.sublayers if s.layer == layer]
-        first, last = min(s.read for s in own), max(s.read for s in own) + 1
-        sums = dict.fromkeys(SIZES, 0.0)
-        kept = [t for t in range(block.stop) if int(block.position[t]) > 0]
-        for token in kept:
-            x, after = block.states[first][token].double(), block.states[last][token].double()
-            w, carried = torch.zeros_like(x), x
-            for index in range(first, last):
-                scale = stream.steps[index].scale
-                factor = scale if isinstance(scale, float) else 1.0
-                w, carried = w * factor, carried * factor
-                for s in stream.steps[index].sublayers:
-                    w = w + block.writes[s][token].double()
-            y = carried + w
-            sums["relative_write"] += float(w.norm() / x.norm())
-            sums["cosine"] += float(w @ x / (w.norm() * x.norm()))
-            sums["growth"] += float(y @ y / (x @ x))
-            sums["block_influence"] += 1 - float(x @ after / (x.norm() * after.norm()))
-        for measure, total in sums.items():
-            truth = pytest.approx(total / len(kept), rel=3e-5, abs=3e-6)
-            assert columns(result, f"layer.{layer}")[measure] == truth, (layer, measure)
+    own = [s for s in stream.sublayers if s.layer == layer]
+    first, last = min(s.read for s in own), max(s.read for s in own) + 1
+    sums = dict.fromkeys(SIZES, 0.0)
+    kept = [t for t in range(block.stop) if int(block.position[t]) > 0]
+    states, writes = (block.states[first], block.states[last]), {s.index: block.writes[s.index] for s in own}
+    for token in kept:
+        x, after = (state[token].double() for state in states)
+        w, carried = torch.zeros_like(x), x
+        for index in range(first, last):
+            scale = stream.steps[index].scale
+            factor = scale if isinstance(scale, float) else 1.0
+            w, carried = w * factor, carried * factor
+            for s in stream.steps[index].sublayers:
+                w = w + writes[s][token].double()
+        y = carried + w
+        sums["relative_write"] += float(w.norm() / x.norm())
+        sums["cosine"] += float(w @ x / (w.norm() * x.norm()))
+        sums["growth"] += float(y @ y / (x @ x))
+        sums["block_influence"] += 1 - float(x @ after / (x.norm() * after.norm()))
+    return {measure: total / len(kept) for measure, total in sums.items()}
+
+
+LAYERED = ["gpt2", "llama", "gptj", "parallel_chain", "gemma2", "granite", "bert", "user_post_norm", "t5", "bart"]
+
+
+@pytest.mark.parametrize("name", [*LAYERED, "mamba", "scaled_skip_constant"])
+def test_layers_by_a_plain_loop(name: str) -> None:
+    found = case(name)
+    for stream in found.anatomy.streams:
+        source = source_for(found, stream=stream.name)
+        (block,) = source.blocks()
+        result = norms_of(source)
+        for layer in range(stream.layers):
+            for measure, truth in layer_by_hand(stream, block, layer).items():
+                own = columns(result, f"layer.{layer}")[measure]
+                assert own == pytest.approx(truth, rel=3e-5, abs=3e-6), (layer, measure)
 
 
 @pytest.mark.parametrize("name", ["scaled_skip_constant", "deepnorm", "a whole sum scaled"])

@@ -19,7 +19,7 @@ from streamlens.block import Block
 from streamlens.calling import invoke
 from streamlens.observation import tokens
 from streamlens.proof import relative_error
-from tests.conftest import case, minilm, smollm2
+from tests.conftest import case
 
 
 def opened(name: str, stream: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Source, Block]:
@@ -92,16 +92,6 @@ def test_statistics_are_float32_where_the_stream_is_no_wider(dtype: torch.dtype,
         assert capture.attrs["format_version"] == 1
 
 
-@pytest.mark.real
-def test_terms_sum_to_all_thirteen_states_of_minilm() -> None:
-    source = source_of(minilm(), window=64, max_tokens=192)
-    (block,) = source.blocks()
-    found = errors(source, block)
-    assert len(found) == 13
-    assert max(found) < 1e-5
-    assert float((share_of_all(source, block) - 1).abs().max()) < 1e-5
-
-
 # ---- shares sum to one, for each token ------------------------------------------------------------------------------
 
 
@@ -111,31 +101,13 @@ def test_terms_sum_to_all_thirteen_states_of_minilm() -> None:
         ("t5", "encoder"), ("t5", "decoder"), ("bart", "encoder"), ("bart", "decoder"), ("transformer_pre", "encoder"),
         ("transformer_pre", "decoder"), ("transformer_post", "encoder"), ("transformer_post", "decoder"),
         ("bloom", None), ("olmo2", None), ("albert", None), ("gemma2", None), ("gptj", None), ("granite", None),
+        ("gpt2", None), ("llama", None), ("bert", None), ("user_post_norm", None),
     ],
 )  # fmt: skip
 def test_shares_of_each_token_sum_to_one(name: str, stream: str | None) -> None:
     """Of each token, because in a mean gaps of both signs cancel."""
     source, block = opened(name, stream)
     assert float((share_of_all(source, block) - 1).abs().max()) < 2e-6
-
-
-@pytest.mark.real
-def test_shares_and_attributions_of_each_token_of_smollm2() -> None:
-    """At position 0 the stream is a thousand times as large as elsewhere: that is where sums lose digits."""
-    model = smollm2()
-    source = source_of(model, window=32, max_tokens=64)
-    (block,) = source.blocks()
-    assert float((share_of_all(source, block) - 1).abs().max()) < 1e-5
-    module: Any = model.module
-    with torch.no_grad():
-        logits = module(block.ids.reshape(block.shape), use_cache=False).logits.flatten(0, 1)
-    targets = target_ids(source, block).clamp_min(0)
-    unembedding = Unembedding(source)
-    total = along(source, block, unembedding.directions(block, targets)) + unembedding.constant(block, targets)
-    whole = logits.gather(-1, targets[:, None])[:, 0] - logits.mean(-1)
-    assert float((total - whole).abs().max()) < 1e-4 * float(whole.abs().max())
-    measured = unembedding.target_logit(block.states[-1], targets)
-    assert float((measured - logits.gather(-1, targets[:, None])[:, 0]).abs().max()) < 1e-4 * float(logits.abs().max())
 
 
 # ---- attributions sum to the logits ---------------------------------------------------------------------------------
