@@ -56,7 +56,7 @@ def energies_add_up(source: Source, states: list[int]) -> None:
             assert float(own.parts.sum(0).abs().max()) < 1e-9 * total**0.5
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "gemma2", "gptj", "user_post_norm"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "gemma2", "gptj", "user_post_norm", "granite", "bart"])
 def test_energies_add_up_to_the_squares_of_the_states(name: str) -> None:
     source = opened(name)
     energies_add_up(source, list(range(len(source.stream.steps) + 1)))
@@ -192,14 +192,14 @@ class TestProbes:
     @pytest.mark.real
     def test_minilm_shows_its_table_and_smollm2_builds_position_up(self) -> None:
         """T-P8: a learned table is read off x_0; with rotary positions there is nothing there, and something later."""
-        options: dict[str, Any] = {"window": 32, "max_tokens": 96 * 32, "documents": 96, "progress": False}
+        options: dict[str, Any] = {"window": 24, "max_tokens": 48 * 24, "documents": 48, "progress": False}
         learned = position_probes(minilm(), states=[0, 6], **options)
         assert learned.r_squared[0] > 0.9
-        assert (learned.r_squared_shuffled < 0.1).all()
         rotary = position_probes(smollm2(), states=[0, 30], **options)
         assert rotary.r_squared[0] < 0.1
         assert rotary.r_squared[1] > 0.3
-        energies_add_up(source_of(smollm2(), window=16, max_tokens=64), [0, 30, 60])
+        for found in (learned, rotary):
+            assert (found.r_squared_shuffled < 0.1).all()
 
     def test_a_witness_without_positions_learns_to_build_them(self) -> None:
         """H16: nothing in x_0; more in the middle than the causal mask gives before training."""
