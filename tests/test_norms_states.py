@@ -188,6 +188,13 @@ def test_the_result_shows_itself() -> None:
     assert "<svg" in page
     assert "relative_write" in page
     assert len(result.to_frame()) == len(result.contributions)
+    short = result.short_rows()
+    assert [row["label"] for row in short] == [c.label for c in result.contributions]
+    assert {"relative_write", "projection_share"} < set(short[0]) < set(result.rows()[0])
+    assert not {"logit_attribution", "final_frame_norm"} & set(
+        short[0]
+    )  # nobody asked; nothing else in a pre-norm model
+    assert "final_frame_norm" in opened("bert")[2].short_rows()[0]
     assert "relative_write_lower_quartile" in result.to_frame().columns
     drawn = {
         result.plot: ("Layer", "Relative write |w| / |x|\n(median, quartiles)"),

@@ -17,6 +17,11 @@ from streamlens.analyses.result import Result
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_SHORT = (
+    "label", "relative_write", "cosine", "block_influence", "projection_share", "logit_attribution",
+    "final_frame_norm", "proximity",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class NormsResult(Result):
@@ -65,6 +70,15 @@ class NormsResult(Result):
             row["ratio_of_means"] = _number(self.ratio_of_means[index])
             found.append(row)
         return found
+
+    def short_rows(self) -> list[dict[str, Any]]:
+        """Return the columns that fit a page; those that say nothing of this model are left out."""
+        own_frame = bool((self.states.forgetting_factor[1:] != 1).any())
+        attributed = not np.isnan(self.column("logit_attribution")).all()
+        left_out = {
+            name for name, there in (("logit_attribution", attributed), ("final_frame_norm", own_frame)) if not there
+        }
+        return [{key: row[key] for key in _SHORT if key not in left_out} for row in self.rows()]
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the relative write of every sublayer by layer: median and quartiles over tokens, without position 0."""
