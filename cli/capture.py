@@ -73,8 +73,9 @@ def command(
     \b
     Example:
       streamlens capture model.pt
-      streamlens capture model.pt --text book.txt --window 512 --compact --out book.h5
-      streamlens capture SmolLM2.gguf --layers 0-3 --kinds mlp --dry-run
+      streamlens capture model.pt --text book.txt --compact --out book.h5
+      streamlens capture model.pt --layers 0-3 --kinds mlp --dry-run
+      streamlens capture --model mypackage.models:build
     """  # noqa: D301 - click reads the \b
     from streamlens.recorder.capturing import DEFAULT_BATCH_TOKENS, default_path, prepare, run
     from streamlens.recorder.plan import Choice

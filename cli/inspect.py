@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamlens.cli.options import ModelOptions, Sectioned, model_options, output_options
-from streamlens.cli.output import human, human_count, print_notes, print_rows, table
+from streamlens.cli.output import human, human_count, print_notes, print_rows, table, wrapped
 from streamlens.errors import UsageError
+from streamlens.wording import counted
 
 if TYPE_CHECKING:
     from streamlens.anatomy import Anatomy
@@ -112,9 +113,11 @@ def _capture(capture: Capture, as_json: bool) -> None:
         print_rows("inspect", rows, as_json=True, about=about)
         return
     kind = "compact" if attrs["compact"] else "full"
-    click.echo(f"{capture.path}: {capture.n_tokens:,} tokens, {human(capture.n_bytes)} bytes, {attrs['dtype']}, {kind}")
-    click.echo(f"model  {attrs['model_source']}  sha256 {str(attrs['model_sha256'])[:16]}")
-    click.echo(f"text   {attrs['text']}  sha256 {str(attrs['text_sha256'])[:16]}")
+    size = f"{counted(capture.n_tokens, 'token')}, {human(capture.n_bytes)} bytes"
+    click.echo(f"{capture.path}: {size}, {attrs['dtype']}, {kind}")
+    for name, what in (("model", attrs["model_source"]), ("text", attrs["text"])):
+        click.echo(wrapped(f"{name:<5}  {human(what)}", " " * 7))
+        click.echo(f"       sha256 {str(attrs[f'{name}_sha256'])[:16]}")
     click.echo(draw(capture.anatomy))
     click.echo(f"proof  {capture.proof}")
     click.echo("health of each write, over all tokens:")
@@ -129,7 +132,7 @@ def _cite(capture: Capture, as_json: bool) -> None:
     if as_json:
         print_rows("inspect", [], as_json=True, about=facts(capture))
     else:
-        click.echo(citation(capture))
+        click.echo(wrapped(citation(capture), " " * 14))
 
 
 def _health_cell(value: Any) -> Any:

@@ -13,12 +13,14 @@ from streamlens.cli.capture import Numbers
 from streamlens.cli.options import Dtype, Sectioned
 from streamlens.cli.output import human, print_notes
 from streamlens.errors import UsageError
+from streamlens.wording import counted
 
 if TYPE_CHECKING:
     from streamlens.analyses.lens.door import LensResult
     from streamlens.analyses.source import Source
 
 _FIRST = tuple(range(10))
+_SETS = (1, 5, 10)
 
 
 @click.command("lens", cls=Sectioned)
@@ -28,8 +30,8 @@ _FIRST = tuple(range(10))
 @click.option("--doc", type=click.IntRange(min=0), help="Document of --grid and --writes. [default: the first]")
 @click.option("--at", type=Numbers(), default=_FIRST, help="Positions of --grid and --writes. [default: 0-9]")
 @click.option("--states", type=Numbers(), help="Look at these states only, such as 0,8-12. [default: all]")
-@click.option("--top-k", type=Numbers(), default=(1, 5, 10), help="Sets of likeliest tokens. [default: 1,5,10]")
-@click.option("--jsd", is_flag=True, help="Also the Jensen-Shannon divergence: several more passes.")
+@click.option("--top-k", type=Numbers(), default=_SETS, help="Overlap of so many likeliest tokens. [default: 1,5,10]")
+@click.option("--jsd", is_flag=True, help="Also the Jensen-Shannon divergence; slower.")
 @click.option(
     "--products",
     type=Dtype(["float32", "bfloat16"]),
@@ -119,9 +121,22 @@ def _look(
     found = logit_lens(source, translators=translators, grid=grid, grid_doc=doc, grid_positions=at, **options)
     print_notes(_remarks(found))
     if found.grid is None:
-        show.show("lens", found, found.short_rows())
+        show.show("lens", found, _short(found, options["jsd"], options["top_k"]))
     else:
         show.show("lens", found.grid, found.grid.short_rows())
+
+
+def _short(found: LensResult, jsd: bool, top_k: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The columns that fit a terminal; those that were asked for come first."""
+    asked = ["jsd"] if jsd else []
+    if top_k != _SETS:
+        asked += [f"overlap_{k}" for k in top_k]
+    more = {name: found.metrics[name].mean for name in asked}
+    rows = []
+    for i, row in enumerate(found.short_rows()):
+        first = {name: row.pop(name) for name in ("state", "label", "kl")}
+        rows.append(first | {name: float(values[i]) for name, values in more.items()} | row)
+    return rows
 
 
 def _train(source: Source, show: ShowOptions, *, kind: Any, steps: int, dtype: str | None, save: Path | None) -> None:
@@ -134,7 +149,7 @@ def _train(source: Source, show: ShowOptions, *, kind: Any, steps: int, dtype: s
     print_notes(
         [
             f"trained on {human(lens.train_tokens)} tokens, judged on {human(lens.held_out_tokens)} tokens of "
-            f"{human(lens.held_out_documents)} other documents"
+            f"{counted(lens.held_out_documents, 'other document')}"
         ]
     )
     show.show("lens", lens)

@@ -19,6 +19,9 @@ _SHORT = (
     "final_frame_norm", "proximity",
 )  # fmt: skip
 
+_GIVE_WAY = ("final_frame_norm", "proximity")
+"""What the attribution to the logits takes the place of in the table."""
+
 
 @click.command("norms", cls=Sectioned)
 @analysis_options
@@ -38,8 +41,10 @@ def command(
 ) -> None:
     """Measure what every sublayer of SOURCE, a capture or a model, adds to the stream.
 
-    Means over tokens without position 0, whose size drowns all others in many models; --json has the medians,
-    quartiles and the means over all tokens as well. projection_share adds up to 1 over embeddings, writes and biases.
+    rel_write is the size of the write over that of the state that it is added to, cosine the angle between the two;
+    influence is 1 - cosine of the state before and after; proj_share is the share in the last state, exact, and adds up
+    to 1 over embeddings, writes and biases. Means leave out position 0, whose size drowns all others in many models.
+    The headings are short: --json, --csv and --parquet have the full names, all columns, medians and quartiles.
 
     \b
     Example:
@@ -70,7 +75,8 @@ def command(
 def _short(result: NormsResult, *, layers_only: bool, logits: bool) -> list[dict[str, Any]]:
     """The columns that fit a terminal."""
     own_frame = bool((result.states.forgetting_factor[1:] != 1).any())
-    left_out = {name for name, there in (("logit_attribution", logits), ("final_frame_norm", own_frame)) if not there}
+    there = {"logit_attribution": logits, "final_frame_norm": own_frame, "proximity": not own_frame}
+    left_out = {name for name, shown in there.items() if not shown or (logits and name in _GIVE_WAY)}
     return [
         {key: row[key] for key in _SHORT if key not in left_out}
         for row in result.rows()

@@ -21,7 +21,7 @@ def command(model: ModelOptions, out: Path, as_json: bool) -> None:
 
     \b
     Example:
-      streamlens pack checkpoints/my-gpt --out model.pt
+      streamlens pack ckpt.pt --out model.pt
     """  # noqa: D301 - click reads the \b
     from streamlens.checkpoint.packing import pack
 
