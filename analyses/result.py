@@ -92,7 +92,7 @@ class Result(ABC):
         picture = drawn.getvalue()
         rows = self.short_rows()
         frame = pd.DataFrame(rows).dropna(axis="columns", how="all")
-        table = frame.head(8).to_html(index=False, border=0, float_format=lambda v: f"{v:.4g}")
+        table = frame.head(8).to_html(index=False, border=0, na_rep="", float_format=lambda v: f"{v:.4g}")
         table = f"<div style='overflow-x:auto'>{table}</div>"
         more = f"<p>{len(rows):,} rows: <code>to_frame()</code> has all of them</p>" if len(rows) > 8 else ""
         return (
