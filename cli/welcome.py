@@ -60,7 +60,7 @@ def _without_capture(here: Path) -> Iterator[str]:
     if models:
         yield f"  streamlens capture {models[0]}"
     else:
-        yield "  streamlens capture model.pt     # also .gguf, .safetensors, a Hugging Face folder"
+        yield "  streamlens capture model.pt   # or .gguf, .safetensors, a Hugging Face folder"
         yield "\nNo model at hand? This makes a tiny one, with random weights, to try it on:"
         yield "  streamlens pack --model streamlens.cli.tiny:model --out model.pt"
         yield "  streamlens capture model.pt"
