@@ -118,6 +118,14 @@ def by_hand(found: Case) -> list[Branch]:
                 _of(b.intermediate, b.output.dense),
             )
         ]
+    if found.name == "t5":
+        return [f for b in m.decoder.block for f in _t5_layers(b, attn)]
+    if found.name == "bart":
+        return [
+            f
+            for b in m.model.decoder.layers
+            for f in (attn(b.self_attn), attn(b.encoder_attn), _of(b.fc1, b.activation_fn, b.fc2))
+        ]
     layers = m.model.layers
     if found.name == "gemma2":
         return [
@@ -139,6 +147,15 @@ def by_hand(found: Case) -> list[Branch]:
     ]
 
 
+def _t5_layers(block: Any, attn: Callable[[nn.Module], Branch]) -> list[Branch]:
+    own, cross, mlp = block.layer
+    return [
+        _of(own.layer_norm, attn(own.SelfAttention)),
+        _of(cross.layer_norm, attn(cross.EncDecAttention)),
+        _of(mlp.layer_norm, mlp.DenseReluDense),
+    ]
+
+
 def _of(*functions: Branch) -> Branch:
     def branch(x: Tensor) -> Tensor:
         for function in functions:
@@ -148,11 +165,14 @@ def _of(*functions: Branch) -> Branch:
     return branch
 
 
-@pytest.mark.parametrize("name", ["gpt2", "nanogpt", "user_post_norm", "gemma2", "granite", "gptj", "bert", "llama"])
+BY_HAND = ["gpt2", "nanogpt", "user_post_norm", "gemma2", "granite", "gptj", "bert", "llama", "t5", "bart"]
+
+
+@pytest.mark.parametrize("name", BY_HAND)
 def test_a_stored_read_through_modules_called_by_hand_is_the_stored_write(name: str, tmp_path: Path) -> None:
     """T-C4, and nothing of this library between the two halves of the file."""
     found = case(name)
-    stream = found.anatomy.stream()
+    stream = found.anatomy.stream()  # of two, the decoder
     branches = by_hand(found)
     assert len(branches) == len(stream.sublayers)
     with stored(found, tmp_path / "x.h5") as capture, quietly():
@@ -182,19 +202,24 @@ SKIPS: dict[str, Callable[[Tensor, list[Tensor]], Tensor]] = {
 def test_states_are_a_plain_loop_over_the_file(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """T-C1 without a norm on the stream: each sum, in the order of the model's own code, is what is read next."""
     found = case(name, dtype)
-    with stored(found, tmp_path / "x.h5") as capture:
-        view, stream = capture.stream(), found.anatomy.stream()
-        x = view.read(0)
-        for k, step in enumerate(stream.steps):
-            x = SKIPS[name](x, [view.write(s) for s in step.sublayers])
-            readers = [s.label for s in stream.sublayers if s.read == k + 1]
-            for after in [view.read(label) for label in readers] or [view.final]:
-                assert same_bits(x, after), stream.state_labels[k + 1]
+    for stream in found.anatomy.streams:
+        with stored(found, tmp_path / f"{stream.name}.h5", stream) as capture:
+            view = capture.stream(stream.name)
+            x = view.read(0)
+            for k, step in enumerate(stream.steps):
+                x = SKIPS[name](x, [view.write(s) for s in step.sublayers])
+                readers = [s.label for s in stream.sublayers if s.read == k + 1]
+                for after in [view.read(label) for label in readers] or [view.final]:
+                    assert same_bits(x, after), stream.state_labels[k + 1]
 
 
-def norms_after(found: Case) -> list[nn.Module]:
+def norms_after(found: Case, stream: Stream) -> list[nn.Module]:
     """Return the norms that stand after the additions, in order, from the model's own modules."""
     m: Any = found.module
+    if found.name == "bart":
+        names = ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"]
+        layers = m.get_submodule(f"model.{stream.name}").layers
+        return [getattr(b, n) for b in layers for n in names if hasattr(b, n)]
     if found.name == "bert":
         layers = m.bert.encoder.layer
         return [n for b in layers for n in (b.attention.output.LayerNorm, b.output.LayerNorm)]
@@ -203,19 +228,20 @@ def norms_after(found: Case) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["bert", "user_post_norm", "deepnorm", "encoder_post"])
+@pytest.mark.parametrize("name", ["bert", "user_post_norm", "deepnorm", "encoder_post", "bart"])
 def test_the_own_norm_of_a_stored_sum_is_the_next_read(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """T-C1 with a norm after the addition: the model's own module makes the next state of what the file holds."""
     found = case(name, dtype)
-    norms = norms_after(found)
     factor = 1.5 if name == "deepnorm" else 1.0
-    with stored(found, tmp_path / "x.h5") as capture, quietly():
-        view, stream = capture.stream(), found.anatomy.stream()
+    for stream in found.anatomy.streams:
+        norms = norms_after(found, stream)
         assert len(norms) == len(stream.steps)
-        for s, norm in enumerate(norms):
-            made = norm(in_own_layout(factor * view.read(s) + view.write(s), stream))
-            after = view.read(s + 1) if s + 1 < len(norms) else view.final
-            assert same_bits(flat(made, stream), after), stream.labels[s]
+        with stored(found, tmp_path / f"{stream.name}.h5", stream) as capture, quietly():
+            view = capture.stream(stream.name)
+            for s, norm in enumerate(norms):
+                made = norm(in_own_layout(factor * view.read(s) + view.write(s), stream))
+                after = view.read(s + 1) if s + 1 < len(norms) else view.final
+                assert same_bits(flat(made, stream), after), stream.labels[s]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj", "gemma2", "granite", "t5", "bloom", "mamba", "nanogpt"])
@@ -254,7 +280,7 @@ def _pairwise(terms: list[Tensor]) -> Tensor:
 # ---- T-C3: looking changes nothing -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gptj", "bert", "t5", "bart", "user_post_norm", "mamba"])
+@pytest.mark.parametrize("name", [*BY_HAND, "mamba"])
 def test_looking_at_heads_and_capturing_change_no_bit_of_the_output(name: str, tmp_path: Path) -> None:
     """T-C3; the calls before and after are the user's own, with none of this library's contexts around them."""
     found = case(name)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import streamlens as sl
-from fixtures import planted
+from fixtures import planted, zoo
 from fixtures.planted_position import PositionCarrier
 from streamlens.analyses.norms.accumulate import ContributionNorms, _Walk
 from streamlens.analyses.norms.answer import NormsResult
-from streamlens.analyses.norms.measures import MEASURES, pair, proximities
+from streamlens.analyses.norms.measures import MEASURES, SUBLAYER_KINDS, pair, proximities
 from streamlens.analyses.source import source_of
 from streamlens.anatomy import Stream
 from streamlens.block import Block
@@ -102,7 +103,7 @@ def test_identities_of_a_pair() -> None:
     assert float((thrice["cosine"] - c).abs().max()) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gptj", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "bert", "gemma2", "granite", "t5", "bart"])
 def test_block_influence_is_that_of_the_ablation(name: str) -> None:
     found = case(name)
     result = norms_of(source_for(found))
@@ -114,38 +115,94 @@ def test_block_influence_is_that_of_the_ablation(name: str) -> None:
 
 
 class _Rotated(nn.Module):
-    """x + W2 relu(W1 N x) with an RMS norm without a gain, all weights turned by one orthogonal matrix."""
+    """Branches W2 relu(W1 x) in a stream of some shape, RMS norms without gains, all weights turned by one matrix."""
 
-    def __init__(self, turn: Tensor) -> None:
+    def __init__(self, shape: str, turn: Tensor) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         self.embed, self.head = nn.Embedding(13, 16), nn.Linear(16, 13, bias=False)
-        self.up, self.down = nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
-        self.norm, self.last = nn.RMSNorm(16, eps=1e-6), nn.RMSNorm(16, eps=1e-6)
-        for weight in (self.embed.weight, self.up.weight, self.down.weight, self.head.weight):
-            weight.data = torch.randn(weight.shape, generator=generator)
-        self.embed.weight.data = self.embed.weight.data @ turn
-        self.up.weight.data, self.head.weight.data = self.up.weight.data @ turn, self.head.weight.data @ turn
-        self.down.weight.data = turn.T @ self.down.weight.data
+        self.up = nn.ModuleList(nn.Linear(16, 24, bias=False) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(24, 16, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.RMSNorm(16, eps=1e-6) for _ in range(5))
+        self.shape = shape
+        for weight in self.parameters():
+            if weight.ndim == 2:
+                weight.data = torch.randn(weight.shape, generator=generator)
+        for reader in (self.embed, self.head, *self.up):
+            reader.weight.data = reader.weight.data @ turn
+        for writer in self.down:
+            writer.weight.data = turn.T @ writer.weight.data  # type: ignore[operator]
+
+    def branch(self, i: int, x: Tensor) -> Tensor:
+        out: Tensor = self.down[i](torch.relu(self.up[i](x)))
+        return out
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        x = x + self.down(torch.relu(self.up(self.norm(x))))
-        out: Tensor = self.head(self.last(x))
+        x, n, shape = self.embed(ids), self.norms, self.shape
+        if shape == "parallel":
+            read = n[0](x)
+            x = x + self.branch(0, read) + self.branch(1, read)
+        else:
+            for i in range(2):
+                if shape == "post":
+                    x = n[i](x + self.branch(i, x))
+                elif shape == "sandwich":
+                    x = x + n[2 + i](self.branch(i, n[i](x)))
+                else:
+                    x = x + (0.4 if shape == "scaled" else 1.0) * self.branch(i, n[i](x))
+        out: Tensor = self.head(x if shape == "post" else n[4](x))
         return out
 
 
-def test_another_basis_changes_nothing_but_the_proximity() -> None:
+@pytest.mark.parametrize("shape", ["pre", "post", "sandwich", "parallel", "scaled"])
+def test_another_basis_changes_nothing_but_the_proximity(shape: str) -> None:
+    """T-N5."""
     turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).Q
     ids = torch.arange(26).reshape(2, 13) % 13
     first, second = (
-        norms_of(source_of(_Rotated(t).eval(), inputs=ids)) for t in (torch.eye(16), turn.float())
+        norms_of(source_of(_Rotated(shape, t).eval(), inputs=ids)) for t in (torch.eye(16), turn.float())
     )  # fmt: skip
-    for label in ("embed", "0_mlp_out", "layer.0"):
+    labels = [c.label for c in first.contributions]
+    writes = [c.label for c in first.contributions if c.kind in SUBLAYER_KINDS]
+    assert len(writes) == 2
+    assert labels == [c.label for c in second.contributions]
+    for label in labels:
         for measure, value in columns(first, label).items():
             if measure not in ("proximity", "logit_attribution"):
-                assert columns(second, label)[measure] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), measure
-    assert abs(columns(first, "0_mlp_out")["proximity"] - columns(second, "0_mlp_out")["proximity"]) > 1e-3
+                assert columns(second, label)[measure] == pytest.approx(value, rel=2e-5, abs=2e-6, nan_ok=True), measure
+    assert abs(columns(first, writes[0])["proximity"] - columns(second, writes[0])["proximity"]) > 5e-4
+
+
+FIRST = {
+    "gpt2": "transformer.h.0.attn.c_proj",
+    "llama": "model.layers.0.self_attn.o_proj",
+    "gptj": "transformer.h.0.attn.out_proj",
+    "granite": "model.layers.0.self_attn.o_proj",
+    "gemma2": "model.layers.0.post_attention_layernorm",
+    "bert": "bert.encoder.layer.0.attention.output.dense",
+    "user_post_norm": "layers.0.attention.out_proj",
+    "t5": "decoder.block.0.layer.0.SelfAttention.o",
+    "bart": "model.decoder.layers.0.self_attn.out_proj",
+}
+"""What makes the first write of each stream linearly: its output projection, or the norm behind that."""
+
+
+@pytest.mark.parametrize("name", list(FIRST))
+def test_four_times_the_first_write(name: str) -> None:
+    """T-N5 in models: the write reads x_0, which stays; times a power of two nothing is rounded."""
+    specimen = zoo.build(name)
+    given: Any = specimen.inputs.get("", dict(specimen.inputs))
+    results = [norms_of(source_of(specimen.module, inputs=given))]
+    with torch.no_grad():
+        for own in specimen.module.get_submodule(FIRST[name]).parameters():
+            own.copy_(4 * (own + 1) - 1 if name == "gemma2" else 4 * own)  # Gemma's norms add one to their weight
+    results.append(norms_of(source_of(specimen.module, inputs=given)))
+    before, after = (columns(r, "0_attn_out") for r in results)
+    close = 1e-5 if name == "gemma2" else 1e-9
+    assert after["relative_write"] == pytest.approx(4 * before["relative_write"], rel=close)
+    assert after["write_norm"] == pytest.approx(4 * before["write_norm"], rel=close)
+    assert after["read_norm"] == before["read_norm"]
+    assert after["cosine"] == pytest.approx(before["cosine"], abs=close)
 
 
 def test_proximities_are_shares() -> None:

@@ -20,6 +20,7 @@ from streamlens.calling import invoke
 from streamlens.observation import tokens
 from streamlens.proof import relative_error
 from tests.conftest import case
+from tests.test_invariants_capture import worst_of_orders
 
 
 def opened(name: str, stream: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Source, Block]:
@@ -63,6 +64,17 @@ def share_of_all(source: Source, block: Block) -> Tensor:
 )
 def test_terms_sum_to_every_state(name: str, stream: str | None) -> None:
     assert max(errors(*opened(name, stream))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "stream"), [("bert", "main"), ("user_post_norm", "main"), ("bart", "encoder"), ("bart", "decoder")]
+)
+def test_the_order_of_the_terms_does_not_matter(name: str, stream: str) -> None:
+    """T-C2 behind norms, which all terms so far have passed; without them see the laws of a capture."""
+    source, block = opened(name, stream)
+    norms, factors = stream_norms(source.stream, source.parameters), factors_of(source.stream, source.parameters)
+    for k, parts in enumerate(transported(source.stream, norms, block, factors=factors)):
+        assert worst_of_orders([p.vectors for p in parts], block.states[k]) < 1e-5, k
 
 
 EXACT = [

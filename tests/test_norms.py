@@ -75,7 +75,7 @@ def slow(block: Block, source: Source) -> dict[str, dict[str, float]]:
     return answers
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gptj", "granite", "bert", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gptj", "granite", "bert", "t5", "bart"])
 def test_sizes_and_directions_against_a_plain_loop(name: str) -> None:
     source = source_for(case(name))
     (block,) = source.blocks()
@@ -123,7 +123,10 @@ def test_shares_of_a_post_norm_model_against_dense_matrices(name: str) -> None:
         assert columns(result, label)["projection_share"] == pytest.approx(np.mean(shares), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gptj", "user_post_norm", "scaled_skip_constant"])
+NEAR = ["gpt2", "gptj", "user_post_norm", "scaled_skip_constant", "gemma2", "granite", "bert", "t5", "bart"]
+
+
+@pytest.mark.parametrize("name", NEAR)
 def test_proximity_against_a_plain_loop(name: str) -> None:
     source = source_for(case(name))
     (block,) = source.blocks()
