@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the examples name: models, captures, a text, a package with a factory, a tuned lens."""
     folder = tmp_path_factory.mktemp("inputs")
     shutil.copy(MODEL, folder / "model.pt")
-    sizes = {"block_size": 64, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": True}
+    sizes: dict[str, Any] = {"block_size": 64, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": True}
     module = NanoGPT(NanoGPTConfig(**sizes))
     torch.save({"model": module.state_dict(), "model_args": sizes}, folder / "ckpt.pt")
     (folder / "book.txt").write_text("It was a bright cold day in April. " * 60)
