@@ -74,7 +74,8 @@ def small() -> Path:
     """A small capture with everything in it, for commands of which no output is shown."""
     path = Path(tempfile.mkdtemp(prefix="docs-")) / "small.h5"
     text = [document[:130] for document in builtin_documents()[:12]]
-    sl.capture(ROOT / "fixtures" / "model.pt", text=text, out=path, window=64, heads=True, progress=False)
+    options: Any = {"window": 64, "heads": True, "batch_tokens": 256, "progress": False}
+    sl.capture(ROOT / "fixtures" / "model.pt", text=text, out=path, **options)
     return path
 
 
@@ -304,6 +305,7 @@ def test_the_example_of_an_analysis_against_a_plain_loop(tmp_path: Path) -> None
         source = source_of(capture)
         basis = torch.from_numpy(np.ascontiguousarray(top.T))
         blocks = list(source.blocks())
+        assert len(blocks) > 3
         halves = [names["SpanShare"](source, basis) for _ in range(2)]
         for number, one in enumerate(blocks):
             halves[number % 2].update(one)
