@@ -73,7 +73,8 @@ def _model(options: ModelOptions, as_json: bool) -> None:
         print_rows("inspect", _sublayers(pilot.anatomy), as_json=True, about=about)
         return
     limit = "no limit" if loaded.max_positions is None else f"{loaded.max_positions:,}"
-    click.echo(f"{loaded.source}: {type(loaded.module).__name__}, {human_count(count)} parameters, {first.dtype}")
+    name = type(loaded.module).__name__
+    click.echo(wrapped(f"{loaded.source}: {name}, {human_count(count)} parameters, {first.dtype}"))
     click.echo(f"vocabulary {human(loaded.vocab_size)}, positions {limit}, sha256 {loaded.sha256[:16]}")
     click.echo(draw(pilot.anatomy))
     click.echo(f"proof, on a few tokens: {_proved(pilot.verdict.exact, pilot.verdict.worst)}")
@@ -114,7 +115,7 @@ def _capture(capture: Capture, as_json: bool) -> None:
         return
     kind = "compact" if attrs["compact"] else "full"
     size = f"{counted(capture.n_tokens, 'token')}, {human(capture.n_bytes)} bytes"
-    click.echo(f"{capture.path}: {size}, {attrs['dtype']}, {kind}")
+    click.echo(wrapped(f"{capture.path}: {size}, {attrs['dtype']}, {kind}"))
     for name, what in (("model", attrs["model_source"]), ("text", attrs["text"])):
         click.echo(wrapped(f"{name:<5}  {human(what)}", " " * 7))
         click.echo(f"       sha256 {str(attrs[f'{name}_sha256'])[:16]}")

@@ -22,6 +22,9 @@ _SHORT = (
 _GIVE_WAY = ("final_frame_norm", "proximity")
 """What the attribution to the logits takes the place of in the table."""
 
+_OF_WRITES = ("projection_share", "proximity")
+"""What whole layers do not have."""
+
 
 @click.command("norms", cls=Sectioned)
 @analysis_options
@@ -78,7 +81,7 @@ def _short(result: NormsResult, *, layers_only: bool, logits: bool) -> list[dict
     there = {"logit_attribution": logits, "final_frame_norm": own_frame, "proximity": not own_frame}
     left_out = {name for name, shown in there.items() if not shown or (logits and name in _GIVE_WAY)}
     return [
-        {key: row[key] for key in _SHORT if key not in left_out}
+        {key: row[key] for key in _SHORT if key not in left_out and not (layers_only and key in _OF_WRITES)}
         for row in result.rows()
         if not layers_only or row["kind"] == "layer"
     ]

@@ -8,15 +8,17 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 
+import streamlens as sl
 from streamlens.cli.app import COMMANDS, main
 from streamlens.cli.output import HEADINGS, WIDTH, human, table, wrapped
+from tests.conftest import minilm, smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 PRE = ROOT / "fixtures" / "model.pt"
@@ -76,6 +78,18 @@ def test_every_table_fits_80_columns(folder: Path, capture: str, name: str, opti
     assert_fits(done)
     if name != "lens":  # where more is asked for than fits
         assert "for its width" not in done.stderr
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("model", [smollm2, minilm])
+def test_tables_of_real_models_fit_80_columns(tmp_path: Path, model: Callable[[], sl.Model]) -> None:
+    """Their layers have two digits, and the sizes of some states five."""
+    sl.capture(model(), out=tmp_path / "real.h5", window=64, max_tokens=192, progress=False).close()
+    for line in ("inspect", "inspect --cite", "norms", "norms --states", "norms --cosines", "position --origin"):
+        name, *options = line.split()
+        done = CliRunner().invoke(main, [name, str(tmp_path / "real.h5"), *options])
+        assert done.exit_code == 0, done.stderr
+        assert_fits(done)
 
 
 def test_plans_models_and_mistakes_fit_too(folder: Path) -> None:
