@@ -245,8 +245,9 @@ class Place:
 @cache
 def any_model() -> Path:
     """A reader's own model: random weights, bytes, and room for longer windows than the trained one has."""
-    torch.manual_seed(0)
-    module = NanoGPT(NanoGPTConfig(block_size=1024, vocab_size=256, n_layer=8, n_head=4, n_embd=16))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = NanoGPT(NanoGPTConfig(block_size=1024, vocab_size=256, n_layer=8, n_head=4, n_embd=16))
     module.tokenizer = sl.load(ROOT / "fixtures" / "model.pt").tokenizer  # type: ignore[assignment]
     return sl.pack(sl.load(module), Path(tempfile.mkdtemp(prefix="docs-")) / "model.pt")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -196,7 +197,8 @@ def check_picture(drawn: Path, kept: Path) -> None:
     paths = sum(count for tag, count in new.items() if tag.endswith("path"))
     assert paths > 20, "an empty picture"
     assert kept.stat().st_size < PICTURE_BYTES
-    if same_manual():
+    # Another version of matplotlib may draw the same with other elements.
+    if same_manual() and f"Matplotlib v{matplotlib.__version__}," in kept.read_text():
         assert new == old, f"{kept.name} is an old one: python -m tests.test_docs"
 
 
