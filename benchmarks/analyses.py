@@ -157,13 +157,14 @@ MEMORY: Mapping[str, Kept] = {
     "lens": Kept(partial(sl.logit_lens, grid=False)),
     "write lens": Kept(sl.write_lens),
     "ablate": Kept(lambda path, **options: sl.ablate(path, 3, **options)),
-    "pairs": Kept(sl.ablate_pairs, 1024),
-    "effects": Kept(partial(sl.effects, units="layers"), 1024),
+    "pairs": Kept(sl.ablate_pairs, 2048),
+    "effects": Kept(partial(sl.effects, units="layers"), 2048),
     "position": Kept(sl.positional_persistence),
     "probes": Kept(sl.position_probes),
     "lesion": Kept(partial(sl.position_lesion, alphas=(1.0, 0.0))),
-    "gradient": Kept(partial(sl.gradient_flow, sequences=None), 1024),
-    "paths": Kept(partial(sl.path_spectrum, max_length=4, sequences=None), 1024),
+    "gradient": Kept(partial(sl.gradient_flow, sequences=None), 2048),
+    "compare": Kept(lambda path, **options: sl.compare(path, path, **options)),
+    "paths": Kept(partial(sl.path_spectrum, max_length=4, sequences=None), 2048),
 }
 """What is measured, on the small trained model. Both analyses of the gradient run all windows here."""
 
