@@ -53,7 +53,7 @@ SEQUENTIAL, DIVERGING = "viridis", "vlag"
 
 _TEXT, _SMALL = 9.0, 8.0
 """Points."""
-_CHARACTERS_PER_INCH = 13
+_CHARACTERS_PER_INCH = 15
 _FEW = 1e4
 """Ratio up to which a logarithmic axis has ticks between the powers of ten."""
 
