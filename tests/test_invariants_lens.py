@@ -223,7 +223,7 @@ def test_training_lowers_every_state(name: str) -> None:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, 97, (8, 12), generator=generator)
     module = zoo.build(name).module
-    lens = train_lens(module, kind="kl", start="bias", steps=40, step_tokens=64, tokens=ids, progress=False)
+    lens = train_lens(module, kind="kl", start="zero", steps=40, step_tokens=64, tokens=ids, progress=False)
     source = source_of(module, tokens=ids)
     blocks = list(source.blocks())
     head = head_of(source, blocks[0])
