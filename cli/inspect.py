@@ -133,7 +133,7 @@ def _cite(capture: Capture, as_json: bool) -> None:
     if as_json:
         print_rows("inspect", [], as_json=True, about=facts(capture))
     else:
-        click.echo(wrapped(citation(capture), " " * 14))
+        click.echo(citation(capture))  # a line for each fact, which others read again
 
 
 def _health_cell(value: Any) -> Any:
