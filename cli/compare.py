@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamlens.cli.analysis import ShowOptions, show_options
+from streamlens.cli.options import Sectioned
 from streamlens.cli.output import human, print_notes
 from streamlens.errors import MissingDataError
 
@@ -19,10 +20,16 @@ _MOVED = "label", "kind", "distance", "cosine", "cosine_low", "cosine_high"
 _capture = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command("compare")
+@click.command("compare", cls=Sectioned)
 @click.argument("first", type=_capture)
 @click.argument("second", type=_capture)
-@click.option("--measure", default="relative_write", show_default=True, help="Shown and drawn; --json has all.")
+@click.option(
+    "--measure",
+    default="relative_write",
+    show_default=True,
+    help="relative_write, cosine, growth, block_influence, proximity, projection_share, write_norm, read_norm or "
+    "final_frame_norm; --json has all of them.",
+)
 @click.option("--moved", is_flag=True, help="Show how far each state and write is from the other model's instead.")
 @click.option("--stream", help="Which stream of both. [default: the one that the head reads]")
 @show_options
@@ -67,8 +74,8 @@ def _notes(found: Comparison) -> list[str]:
         cka = found.similarity.cka
         notes.append(f"states of the layers are alike to CKA {cka.min():.2f} (least) and {cka[-1]:.2f} (the last)")
     notes.append(
-        f"{found.measure}: for {clear} of {count} sublayers the interval leaves out 0; intervals are over {found.unit}s "
-        "of this text and say nothing of another training"
+        f"{found.measure}: for {clear} of {count} sublayers the interval leaves out 0; intervals are over "
+        f"{found.unit}s of this text and say nothing of another training"
     )
     return notes
 

@@ -80,12 +80,15 @@ def _by_length(origin: OriginOptions, show: ShowOptions, options: dict[str, Any]
     found = path_spectrum(origin.open(), **options)
     show.show("gradient", found, [{name: row[name] for name in _PATHS} for row in found.rows()])
     longest, paths = found.lengths[-1], found.paths
-    notes = [
-        f"mean path length {human(float(paths.mean_length[0]))} of at most {len(found.branches)}; paths of more than "
-        f"{longest} branches carry {human(float(paths.remainder_share[0]))} of the gradient"
-    ]
-    if abs(float(paths.remainder_share[0])) > 0.05:
-        notes.append(f"--max-length {len(found.branches)} tells all of them apart")
+    mean, most = human(float(paths.mean_length[0])), len(found.branches)
+    told = (
+        f"paths of more than {longest} branches carry {human(float(paths.remainder_share[0]))} of the gradient"
+        if longest < most
+        else f"all lengths add up to the gradient within {human(float(paths.remainder_norm[0]))} of its norm"
+    )
+    notes = [f"mean path length {mean} of at most {most}; {told}"]
+    if longest < most and abs(float(paths.remainder_share[0])) > 0.05:
+        notes.append(f"--max-length {most} tells all of them apart")
     largest = float(paths.relative_norm[:, 0].max())
     if largest > 2:
         notes.append(

@@ -19,7 +19,7 @@ class Branch:
     """What is shown of one sublayer."""
 
     amount: float
-    """What the width of its branch is proportional to."""
+    """What the width of its branch is proportional to, up to 1: a single larger one would make all others thin."""
     caption: str
     """What appears when it is pointed at."""
 
@@ -43,7 +43,6 @@ def draw_stream(anatomy: Anatomy, stream: Stream, branches: Mapping[str, Branch]
     count = len(stream.steps)
     pace = max(11.5, min(52.0, (_WIDE - _LEFT - _RIGHT) / count))
     width = _LEFT + pace * count + _RIGHT
-    largest = max((b.amount for b in branches.values()), default=0.0) or 1.0
     x = [_LEFT + pace * k for k in range(count + 1)]
     pieces = [
         f"<svg class='stream' width='{width:.0f}' height='236' viewBox='0 0 {width:.0f} 236' role='img' "
@@ -57,7 +56,7 @@ def draw_stream(anatomy: Anatomy, stream: Stream, branches: Mapping[str, Branch]
             branch = branches.get(sublayer.label, Branch(0.0, sublayer.label))
             up = -1.0 if sublayer.kind in ("attn", "cross_attn", "mixer") else 1.0
             bend = _MIDDLE + up * _REACH
-            thick = _NARROWEST + (_WIDEST - _NARROWEST) * min(1.0, max(0.0, branch.amount / largest))
+            thick = _NARROWEST + (_WIDEST - _NARROWEST) * min(1.0, max(0.0, branch.amount))
             start, end = x[sublayer.read] + 2, x[index + 1] - 2
             pieces.append(
                 f"<path class='branch {sublayer.kind}' stroke-width='{thick:.1f}' "

@@ -11,21 +11,24 @@
   const chosen = { state: last, position: 0, token: null, metric: "kl" };
 
   const metrics = {
-    // Each maps a cell to 0 ... 1, and says what the ends of the scale mean.
-    kl: { value: (s, p) => data.kl[s][p], shade: (v, top) => v / top, ends: (top) => ["0", `${top.toFixed(1)} nats`] },
-    entropy: { value: (s, p) => data.entropy[s][p], shade: (v, top) => v / top, ends: (top) => ["0", `${top.toFixed(1)} nats`] },
+    // Each maps a cell to 0 ... 1, and says what the ends of the scale mean. Nats end at the 95th percentile: the
+    // embedding alone would otherwise leave no colour to all others.
+    kl: { value: (s, p) => data.kl[s][p], end: 0.95, shade: (v, top) => v / top, ends: (top) => ["0", `${top.toFixed(1)} nats or more`] },
+    entropy: { value: (s, p) => data.entropy[s][p], end: 0.95, shade: (v, top) => v / top, ends: (top) => ["0", `${top.toFixed(1)} nats or more`] },
     rank: { value: (s, p) => data.rank[s][p], shade: (v, top) => Math.log1p(v) / Math.log1p(top), ends: (top) => ["0 (likeliest)", `${Math.round(top)} (log)`] },
     probability: { value: (s, p) => data.probability[s][p][0], shade: (v) => v, ends: () => ["0", "1"] },
   };
 
   function paint() {
     const metric = metrics[chosen.metric];
-    let top = 0;
-    for (let s = 0; s <= last; s++) for (let p = 0; p < data.position.length; p++) top = Math.max(top, metric.value(s, p) ?? 0);
+    const values = [];
+    for (let s = 0; s <= last; s++) for (let p = 0; p < data.position.length; p++) values.push(metric.value(s, p) ?? 0);
+    values.sort((a, b) => a - b);
+    const top = values[Math.floor((metric.end ?? 1) * (values.length - 1))];
     for (const [key, cell] of cells) {
       const [s, p] = key.split(",").map(Number);
       const value = metric.value(s, p);
-      cell.style.setProperty("--v", value == null || !top ? 0 : metric.shade(value, top).toFixed(3));
+      cell.style.setProperty("--v", value == null || !top ? 0 : Math.min(1, metric.shade(value, top)).toFixed(3));
     }
     const [low, high] = metric.ends(top);
     document.getElementById("scale-low").textContent = low;
