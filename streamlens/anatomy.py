@@ -26,6 +26,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from streamlens.errors import FormatError, MissingDataError
+from streamlens.wording import counted
 
 Kind = Literal["attn", "cross_attn", "mixer", "mlp"]
 Placement = Literal["pre", "post", "sandwich", "output", "none"]
@@ -196,19 +197,69 @@ class Stream:
         first = [min(s.read for s in self.sublayers if s.layer == layer) for layer in range(self.layers)]
         return (*first, len(self.steps))
 
-    def find(self, label: str) -> Sublayer:
-        """Return the sublayer with this label.
+    def __repr__(self) -> str:
+        """Return one line: name and sizes."""
+        return f"<stream {self.name!r}: {self.size}>"
+
+    @property
+    def size(self) -> str:
+        """The sizes in words."""
+        return f"d_model {self.d_model}, {counted(self.layers, 'layer')}, {counted(len(self.sublayers), 'sublayer')}"
+
+    def find(self, key: str | int) -> Sublayer:
+        """Return a sublayer by its label, such as ``3_mlp_out``, or by its index (-1 is the last).
 
         Raises:
-            MissingDataError: no sublayer has it; the message lists near names.
+            MissingDataError: there is none; the message lists near names.
         """
+        if isinstance(key, str):
+            return self.sublayers[self._named("sublayer", key, {s.label: s.index for s in self.sublayers})]
+        return self.sublayers[self._counted("sublayer", key, len(self.sublayers))]
+
+    def find_state(self, key: str | int) -> int:
+        """Return the index of a state, 0 to K, by that index (-1 is the last) or by TransformerLens' name.
+
+        Args:
+            key: the index, or ``resid_pre.3`` for what block 3 begins with, ``resid_post.3`` for what it ends with
+                and ``resid_mid.3`` for the state after its first step, where it has another.
+
+        Raises:
+            MissingDataError: there is none; the message lists near names.
+        """
+        if not isinstance(key, str):
+            return self._counted("state", key, len(self.steps) + 1)
+        names: dict[str, int] = {}
+        for sublayer in self.sublayers:
+            first = names.setdefault(f"resid_pre.{sublayer.layer}", sublayer.read)
+            if sublayer.read != first:
+                names.setdefault(f"resid_mid.{sublayer.layer}", sublayer.read)
+            names[f"resid_post.{sublayer.layer}"] = sublayer.read + 1
+        return self._named("state", key, names)
+
+    def find_part(self, label: str | None = None) -> int:
+        """Return the index of an embedding part by its label; without one, of the only part.
+
+        Raises:
+            MissingDataError: there is none, or several and no label.
+        """
+        labels = [p.label for p in self.parts]
+        chosen = labels[0] if label is None and len(labels) == 1 else label
+        if chosen not in labels:
+            raise MissingDataError(f"stream {self.name!r} has the embedding parts {', '.join(labels)}, not {label!r}")
+        return labels.index(chosen)
+
+    def _counted(self, what: str, index: int, count: int) -> int:
+        if not -count <= index < count:
+            raise MissingDataError(f"stream {self.name!r} has {what}s 0 to {count - 1}, not {index}")
+        return range(count)[index]
+
+    def _named(self, what: str, name: str, names: Mapping[str, int]) -> int:
         import difflib
 
-        for sublayer in self.sublayers:
-            if sublayer.label == label:
-                return sublayer
-        near = difflib.get_close_matches(label, self.labels, n=3, cutoff=0.3) or list(self.labels[:3])
-        raise MissingDataError(f"stream {self.name!r} has no sublayer {label!r}; near names: {', '.join(near)}")
+        if name in names:
+            return names[name]
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or list(names)[:3]
+        raise MissingDataError(f"stream {self.name!r} has no {what} {name!r}; near names: {', '.join(near)}")
 
 
 @dataclass(frozen=True)
@@ -231,8 +282,25 @@ class Anatomy:
     calls: tuple[str, ...]
     """Modules whose execution has to be followed to find each `Site` again."""
 
+    def __repr__(self) -> str:
+        """Return one line: each stream and its sizes."""
+        return f"<anatomy: {'; '.join(f'{stream.name}: {stream.size}' for stream in self.streams)}>"
+
+    def __str__(self) -> str:
+        """Return the tree that `streamlens inspect` draws; a notebook shows it, too."""
+        from streamlens.tree import draw
+
+        return draw(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
     def stream(self, name: str | None = None) -> Stream:
-        """Return the stream called `name`; without a name, the one that the head reads."""
+        """Return the stream called `name`; without a name, the one that the head reads.
+
+        Raises:
+            MissingDataError: there is none of that name.
+        """
         wanted = name or self.head.stream
         for stream in self.streams:
             if stream.name == wanted:

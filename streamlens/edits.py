@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from streamlens.anatomy import Anatomy, Point, Stream
+from streamlens.anatomy import Anatomy, Point
 from streamlens.calling import check_inputs, invoke, without_cache
+from streamlens.checkpoint.model import Model, module_of
 from streamlens.errors import UsageError
 from streamlens.interception import Interception, Reaction
 from streamlens.observation import StopForward, tokens
@@ -19,13 +20,16 @@ from streamlens.passing import passing_over
 Change = Callable[[Tensor], Tensor]
 """From the tensor at a point, (doc, position, d_model) in the model's own layout, to what takes its place."""
 
+Changes = Mapping[Any, Change]
+"""What to do with each of several, by label or index (a Mapping of one kind of key is none of either kind: so Any)."""
+
 
 def edit(
-    module: nn.Module,
+    model: Model | nn.Module,
     anatomy: Anatomy,
     *,
-    writes: Mapping[int, Change] | None = None,
-    states: Mapping[int, Change] | None = None,
+    writes: Changes | None = None,
+    states: Changes | None = None,
     stream: str | None = None,
 ) -> Interception:
     """Return a context in which writes and states of a stream are changed. Edits compose by nesting.
@@ -35,14 +39,16 @@ def edit(
     inputs of `discover` is refused at its end.
 
     Args:
-        module: the model.
+        model: the model, loaded or as a module.
         anatomy: its anatomy.
-        writes: what to do with the write of a sublayer, by index.
-        states: what to do with state x_k, by k.
-        stream: name of the stream; by default the one that the head reads.
+        writes: what to do with the write of a sublayer, by its label or index: ``{"3_mlp_out": torch.zeros_like}``.
+        states: what to do with a state, by index or as ``resid_mid.3``.
+        stream: name of the stream, where there are several; by default the one that the head reads. Labels and
+            indices are those of this stream: to change two streams, nest two edits.
 
     Raises:
-        UsageError: an index out of range, or x_0 where it is the model's own input.
+        MissingDataError: no such sublayer, state or stream; the message lists near names.
+        UsageError: one named twice, x_0 where it is the model's own input, or `model` is no module.
         AnatomyError: in a pass: something to change was not met.
 
     Example:
@@ -51,43 +57,42 @@ def edit(
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
         >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
         >>> x = torch.randn(2, 5, 8)
-        >>> nothing = {s: torch.zeros_like for s in range(4)}
-        >>> with torch.no_grad(), edit(model, discover(model, x), writes=nothing):
+        >>> anatomy = discover(model, x)
+        >>> nothing = {label: torch.zeros_like for label in anatomy.stream().labels}
+        >>> with torch.no_grad(), edit(model, anatomy, writes=nothing):
         ...     torch.equal(model(x), x)
         True
     """
     found = anatomy.stream(stream)
     reactions: dict[Point, Reaction] = {}
-    for index, change in (writes or {}).items():
-        _check(index, len(found.sublayers), "sublayer", found)
+    for index, change in _by_index(writes, lambda key: found.find(key).index):
         sublayer = found.sublayers[index]
         reactions[sublayer.write] = _signed(change, sublayer.sign)
-    for index, change in (states or {}).items():
-        _check(index, len(found.states), "state", found)
+    for index, change in _by_index(states, found.find_state):
         made = found.states[index].made
         if made is None:
             raise UsageError(f"state {index} of stream {found.name!r} is the model's own input: change it there")
         reactions[made] = change
-    return Interception(module, anatomy, reactions)
+    return Interception(module_of(model), anatomy, reactions)
 
 
 def run_from(
-    module: nn.Module,
+    model: Model | nn.Module,
     anatomy: Anatomy,
-    index: int,
+    start: str | int,
     state: Float[Tensor, "doc position d_model"],
     inputs: Any,
     *,
     stream: str | None = None,
 ) -> Tensor:
-    """Run the model from state x_index onwards; what came before it is passed over and costs nothing.
+    """Run the model from a state onwards; what came before it is passed over and costs nothing.
 
     From the last state this is the head, exactly as the model applies it.
 
     Args:
-        module: the model.
+        model: the model, loaded or as a module.
         anatomy: its anatomy.
-        index: which state is given, 0 ... K.
+        start: which state is given: 0 ... K, or as ``resid_mid.3``.
         state: (doc, position, d_model).
         inputs: the arguments of forward, which still say what masks and positions to use.
         stream: name of the stream; by default the one that the head reads.
@@ -96,11 +101,12 @@ def run_from(
         The model's main output: (doc, position, vocab) logits where it has them, in the model's own layout.
 
     Raises:
-        UsageError: an index out of range.
+        MissingDataError: no such state or stream; the message lists near names.
+        UsageError: `model` is no module.
         AnatomyError: with these inputs the model does not come to the state.
     """
-    found = anatomy.stream(stream)
-    _check(index, len(found.states), "state", found)
+    module, found = module_of(model), anatomy.stream(stream)
+    index = found.find_state(start)
     prepared = without_cache(module, check_inputs(inputs))
     # In memory as the model itself lays it out: a product over a strided tensor can round differently.
     own = state.transpose(0, 1).contiguous() if found.position_first else state
@@ -116,11 +122,11 @@ def run_from(
 
 
 def run_between(
-    module: nn.Module,
+    model: Model | nn.Module,
     anatomy: Anatomy,
-    start: int,
+    start: str | int,
     state: Float[Tensor, "doc position d_model"],
-    stop: int,
+    stop: str | int,
     inputs: Any,
     *,
     stream: str | None = None,
@@ -130,11 +136,11 @@ def run_between(
     Two of these put layers in another order, or leave some out: ``x_stop`` need not be given back to the same place.
 
     Args:
-        module: the model.
+        model: the model, loaded or as a module.
         anatomy: its anatomy.
-        start: which state is given, 0 ... stop.
+        start: which state is given: 0 ... stop, or as ``resid_mid.3``.
         state: (doc, position, d_model).
-        stop: which state is wanted, start ... K.
+        stop: which state is wanted: start ... K, or as ``resid_mid.3``.
         inputs: the arguments of forward, which still say what masks and positions to use.
         stream: name of the stream; by default the one that the head reads.
 
@@ -142,7 +148,8 @@ def run_between(
         (doc, position, d_model) x_stop, in the dtype of the stream.
 
     Raises:
-        UsageError: an index out of range, or `stop` before `start`.
+        MissingDataError: no such state or stream; the message lists near names.
+        UsageError: `stop` comes before `start`, or `model` is no module.
         AnatomyError: with these inputs the model does not come to the states.
 
     Example:
@@ -157,13 +164,12 @@ def run_between(
         ...     torch.allclose(run_between(model, anatomy, 2, middle, 4, x), model(x), atol=1e-6)
         True
     """
-    found = anatomy.stream(stream)
-    _check(start, len(found.states), "state", found)
-    _check(stop, len(found.states), "state", found)
-    if stop < start:
+    module, found = module_of(model), anatomy.stream(stream)
+    first, last = found.find_state(start), found.find_state(stop)
+    if last < first:
         raise UsageError(f"a run from state {start} does not come to state {stop}: give a later one")
-    made = found.states[stop].made
-    if made is None or start == stop:
+    made = found.states[last].made
+    if made is None or first == last:
         return state
     reached: list[Tensor] = []
 
@@ -172,7 +178,7 @@ def run_between(
         raise StopForward
 
     with suppress(StopForward), Interception(module, anatomy, {made: end}):
-        run_from(module, anatomy, start, state, inputs, stream=found.name)
+        run_from(module, anatomy, first, state, inputs, stream=found.name)
     docs, positions = state.shape[:2]
     return tokens(reached[0], found, docs, positions)
 
@@ -181,6 +187,12 @@ def _signed(change: Change, sign: float) -> Change:
     return change if sign == 1.0 else lambda tensor: change(tensor * sign) / sign
 
 
-def _check(index: int, count: int, what: str, stream: Stream) -> None:
-    if not 0 <= index < count:
-        raise UsageError(f"stream {stream.name!r} has {what}s 0 to {count - 1}, not {index}")
+def _by_index(changes: Changes | None, find: Callable[[str | int], int]) -> Iterator[tuple[int, Change]]:
+    """Yield what to do with each, by index; two names of one would leave open which change it gets."""
+    named: dict[int, str | int] = {}
+    for key, change in (changes or {}).items():
+        index = find(key)
+        if index in named:
+            raise UsageError(f"{named[index]!r} and {key!r} are the same one: give it one change, or nest two edits")
+        named[index] = key
+        yield index, change

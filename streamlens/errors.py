@@ -32,7 +32,7 @@ class AnatomyError(StreamlensError, ValueError):
 
 
 class MissingDataError(StreamlensError, LookupError):
-    """A capture that does not hold what was asked of it."""
+    """A capture, or a model, that does not hold what was asked of it."""
 
 
 class FormatError(StreamlensError, ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -12,7 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from streamlens.anatomy import Anatomy, Point, Stream, Sublayer
+from streamlens.checkpoint.model import Model, module_of
+from streamlens.errors import MissingDataError
 from streamlens.interception import Interception, Reaction
+from streamlens.wording import counted
 
 
 class StopForward(Exception):
@@ -154,40 +157,123 @@ def _in_turn(reactions: list[Reaction]) -> Reaction:
     return react
 
 
-@dataclass
-class Observation(Observer):
-    """Copies of all that was seen in the last forward pass, by stream name and index, in the model's own layout."""
+@dataclass(repr=False)
+class Observation:
+    """Copies of all that was seen in the last forward pass, each in the model's own layout: see `tokens`.
 
+    Names are those of a capture. Where there are several streams, `stream` says which; by default the one that the
+    head reads.
+    """
+
+    anatomy: Anatomy
     parts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    """By stream and index, like the others."""
     states: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     writes: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     value_mixes: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Return one line: how many writes and states were seen of each stream."""
+        sizes = (
+            f"{name}: {counted(len(self.writes.get(name, {})), 'write')}, {counted(len(states), 'state')}"
+            for name, states in self.states.items()
+        )
+        return f"<observation of {'; '.join(sizes) or 'nothing yet'}>"
+
+    def write(self, key: str | int, stream: str | None = None) -> Float[Tensor, "doc position d_model"]:
+        """Return what a sublayer wrote, by label or index.
+
+        Raises:
+            MissingDataError: no such sublayer, or no pass has come to it.
+        """
+        found = self.anatomy.stream(stream)
+        return _seen(self.writes, found, found.find(key).index)
+
+    def read(self, key: str | int, stream: str | None = None) -> Float[Tensor, "doc position d_model"]:
+        """Return the state that a sublayer read, before its norm, by label or index.
+
+        Raises:
+            MissingDataError: no such sublayer, or no pass has come to it.
+        """
+        found = self.anatomy.stream(stream)
+        return _seen(self.states, found, found.find(key).read)
+
+    def state(self, key: str | int, stream: str | None = None) -> Float[Tensor, "doc position d_model"]:
+        """Return a state, by index or as ``resid_pre.3``, ``resid_mid.3``, ``resid_post.3``.
+
+        Raises:
+            MissingDataError: no such state, or no pass has come to it.
+        """
+        found = self.anatomy.stream(stream)
+        return _seen(self.states, found, found.find_state(key))
+
+    def embed(self, part: str | None = None, stream: str | None = None) -> Float[Tensor, "*layout d_model"]:
+        """Return one part of the embedding as it was added; without a name, the only one.
+
+        Raises:
+            MissingDataError: no such part, or no pass has come to it.
+        """
+        found = self.anatomy.stream(stream)
+        return _seen(self.parts, found, found.find_part(part))
+
+    def value_mix(self, key: str | int, stream: str | None = None) -> Float[Tensor, "*layout width"]:
+        """Return the heads' outputs of an attention side by side, by label or index.
+
+        Raises:
+            MissingDataError: no such sublayer, or no mix of it was seen: `observe` looks at them with ``mixes=True``.
+        """
+        found = self.anatomy.stream(stream)
+        index, seen = found.find(key).index, self.value_mixes.get(found.name, {})
+        if index not in seen:
+            raise MissingDataError(f"no value mix of {found.labels[index]!r} was seen: observe attention, mixes=True")
+        return seen[index]
+
+
+def _seen(kept: Mapping[str, Mapping[int, Tensor]], stream: Stream, index: int) -> Tensor:
+    found = kept.get(stream.name, {})
+    if index not in found:
+        raise MissingDataError(f"no forward pass was seen in stream {stream.name!r}: run the model in the `with` block")
+    return found[index]
+
+
+class Keeper(Observer):
+    """Keeps copies of all that it sees in `seen`."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        """Begin with nothing."""
+        self.seen = Observation(anatomy)
+
     def part(self, stream: Stream, index: int, tensor: Tensor) -> None:
         """Keep a copy."""
-        self.parts.setdefault(stream.name, {})[index] = tensor.clone()
+        self.seen.parts.setdefault(stream.name, {})[index] = tensor.clone()
 
     def state(self, stream: Stream, index: int, tensor: Tensor) -> None:
         """Keep a copy."""
         kept = tensor.clone()
-        self.states.setdefault(stream.name, {})[index] = kept
+        self.seen.states.setdefault(stream.name, {})[index] = kept
         if index == 0 and stream.parts[0].point is None:
-            self.parts.setdefault(stream.name, {})[0] = kept
+            self.seen.parts.setdefault(stream.name, {})[0] = kept
 
     def write(self, stream: Stream, index: int, tensor: Tensor) -> None:
         """Keep a copy."""
-        self.writes.setdefault(stream.name, {})[index] = tensor.clone()
+        self.seen.writes.setdefault(stream.name, {})[index] = tensor.clone()
 
     def value_mix(self, stream: Stream, index: int, tensor: Tensor) -> None:
         """Keep a copy."""
-        self.value_mixes.setdefault(stream.name, {})[index] = tensor.clone()
+        self.seen.value_mixes.setdefault(stream.name, {})[index] = tensor.clone()
 
 
 @contextmanager
-def observe(module: nn.Module, anatomy: Anatomy, *, mixes: bool = False) -> Iterator[Observation]:
+def observe(model: Model | nn.Module, anatomy: Anatomy, *, mixes: bool = False) -> Iterator[Observation]:
     """Keep what a forward pass reads from and writes into its streams.
 
+    Args:
+        model: the model, loaded or as a module.
+        anatomy: its anatomy.
+        mixes: whether to keep the value mixes of attention, too.
+
     Raises:
+        UsageError: `model` is no module.
         AnatomyError: in a pass: something to look at was not met, as when these inputs take another way through the
             model than those it was discovered on.
 
@@ -199,9 +285,9 @@ def observe(module: nn.Module, anatomy: Anatomy, *, mixes: bool = False) -> Iter
         >>> x = torch.randn(2, 5, 8)
         >>> with torch.no_grad(), observe(model, discover(model, x)) as seen:
         ...     _ = model(x)
-        >>> torch.equal(seen.states["main"][0] + seen.writes["main"][0], seen.states["main"][1])
+        >>> torch.equal(seen.read("0_mlp_out") + seen.write("0_mlp_out"), seen.state("resid_post.0"))
         True
     """
-    observation = Observation()
-    with observing(module, anatomy, observation, mixes=mixes):
-        yield observation
+    keeper = Keeper(anatomy)
+    with observing(module_of(model), anatomy, keeper, mixes=mixes):
+        yield keeper.seen

@@ -38,8 +38,7 @@ def draw(anatomy: Anatomy) -> str:
 
 def _stream(anatomy: Anatomy, stream: Stream) -> Iterator[str]:
     layout = ", laid out (position, doc)" if stream.position_first else ""
-    size = f"{counted(stream.layers, 'layer')}, {counted(len(stream.sublayers), 'sublayer')}"
-    yield f"{stream.name}: d_model {stream.d_model}, {size}{layout}"
+    yield f"{stream.name}: {stream.size}{layout}"
     embedded = [n for n in stream.norms if n.label == "embed"]
     around = f", then {_norm(embedded[0])}" if embedded else ""
     yield f"├─ x_0 = {' + '.join(p.label for p in stream.parts)}{around}"

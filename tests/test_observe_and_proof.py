@@ -12,7 +12,7 @@ from fixtures import zoo
 from streamlens.anatomy import Stream
 from streamlens.calling import eager_math, invoke
 from streamlens.edits import edit, run_from
-from streamlens.errors import AnatomyError, UsageError
+from streamlens.errors import AnatomyError, MissingDataError
 from streamlens.observation import Observation, observe, tokens
 from streamlens.proof import Verdict, bound, same_bits
 from streamlens.recorder.pilot import fly, parameters_of
@@ -166,10 +166,10 @@ def test_hooks_are_removed_when_the_body_raises() -> None:
 
 def test_an_index_out_of_range_is_refused() -> None:
     found = case("gpt2")
-    with pytest.raises(UsageError, match="has sublayers 0 to 5, not 6"):
+    with pytest.raises(MissingDataError, match="has sublayers 0 to 5, not 6"):
         edit(found.module, found.anatomy, writes={6: torch.clone})
-    with pytest.raises(UsageError, match="has states 0 to 6, not -1"):
-        run_from(found.module, found.anatomy, -1, torch.zeros(1, 1, 32), found.inputs)
+    with pytest.raises(MissingDataError, match="has states 0 to 6, not -8"):
+        run_from(found.module, found.anatomy, -8, torch.zeros(1, 1, 32), found.inputs)
 
 
 def test_an_anatomy_of_another_model_is_refused() -> None:

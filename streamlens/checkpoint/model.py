@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from streamlens.checkpoint.limits import position_limit, vocabulary_rows
-from streamlens.errors import CheckpointError
+from streamlens.errors import CheckpointError, UsageError
+from streamlens.wording import counted
 
 _CHUNK_BYTES = 1 << 26
 """Bytes hashed at a time: the copy from a device, or of a strided tensor's piece, stays this small."""
@@ -58,6 +59,25 @@ class Model:
     """Rows of the input embedding; None for a model that takes no token ids."""
     max_positions: int | None
     """Longest input that the model has positions for; None where there is no hard limit."""
+
+    def __repr__(self) -> str:
+        """Return one line: class, parameters, dtype, source and hash."""
+        own = list(self.module.parameters())
+        dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in own}))
+        size = f"{counted(sum(p.numel() for p in own), 'parameter')}{', ' * bool(dtypes)}{dtypes}"
+        return f"<model {type(self.module).__name__}: {size}, from {self.source}, sha256 {self.sha256[:16]}>"
+
+
+def module_of(model: Model | nn.Module) -> nn.Module:
+    """Return the module of a loaded model; a module is its own.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    found = model.module if isinstance(model, Model) else model
+    if not isinstance(found, nn.Module):
+        raise UsageError(f"give a module or a loaded model (sl.load), not {type(found).__name__} {found!r:.60}")
+    return found
 
 
 def wrap(

@@ -10,6 +10,7 @@ from torch import nn
 
 from streamlens.anatomy import Anatomy, Kind, Norm, Point, State, Step, Stream, Sublayer
 from streamlens.calling import check_inputs, without_cache
+from streamlens.checkpoint.model import Model, module_of
 from streamlens.discovery import bypass, embedding, head, naming
 from streamlens.discovery.branches import Branch, Classifier, home, norm_nodes, placement, value_mix
 from streamlens.discovery.chain import Diamond, Puzzle, Segment, Term, diamonds, split_parallel
@@ -21,11 +22,11 @@ from streamlens.discovery.watch import Op, watch
 from streamlens.errors import AnatomyError
 
 
-def discover(module: nn.Module, inputs: Any) -> Anatomy:
+def discover(model: Model | nn.Module, inputs: Any) -> Anatomy:
     """Find the residual streams of a model by watching one forward pass.
 
     Args:
-        module: any transformer, in eval mode; real, fake or meta weights.
+        model: any transformer, loaded or as a module, in eval mode; real, fake or meta weights.
         inputs: a small batch for its forward: a tensor, or a dict of arguments.
 
     Returns:
@@ -34,7 +35,7 @@ def discover(module: nn.Module, inputs: Any) -> Anatomy:
     Raises:
         AnatomyError: no residual stream was found, or one that is mixed in a way that a single chain of additions
             cannot describe; the message names the addition that puzzled.
-        UsageError: `inputs` is neither a tensor nor a dict.
+        UsageError: `inputs` is neither a tensor nor a dict, or `model` is no module.
 
     Example:
         >>> import torch
@@ -43,6 +44,7 @@ def discover(module: nn.Module, inputs: Any) -> Anatomy:
         >>> discover(model, torch.randn(2, 5, 8)).stream().labels
         ('0_attn_out', '0_mlp_out', '1_attn_out', '1_mlp_out')
     """
+    module = module_of(model)
     prepared = without_cache(module, check_inputs(inputs))
     graph = Graph(watch(module, prepared))
     segments = _segments(graph)
@@ -118,7 +120,7 @@ def _explain(graph: Graph, puzzles: Sequence[Puzzle]) -> str:
             "the branch read. streamlens needs a model with skip connections."
         )
     lines = []
-    for puzzle in puzzles[:3]:
+    for puzzle in puzzles:
         op = graph.op(puzzle.node)
         assert op is not None
         where = op.frames[-1].module if op.frames else ""
@@ -126,7 +128,7 @@ def _explain(graph: Graph, puzzles: Sequence[Puzzle]) -> str:
         lines.append(f"{op.name} in {where or 'the model'} (shape {shape}): {puzzle.reason}")
     return (
         "the residual stream of this model is not one chain of additions. What puzzled:\n  "
-        + "\n  ".join(lines)
+        + "\n  ".join(list(dict.fromkeys(lines))[:3])
         + "\nstreamlens follows streams in which x + branch(x) is the only way past a branch."
     )
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from streamlens.anatomy import Stream, Sublayer
+from streamlens.anatomy import Stream
 from streamlens.block import Block, LazyRows, LazyTable, NormStatistics
 from streamlens.errors import MissingDataError
 from streamlens.reader.mapped import MappedFile
@@ -156,13 +155,10 @@ class StreamView:
         """Return one part of the embedding, (token, d_model); without a name, the only one.
 
         Raises:
-            MissingDataError: no such part.
+            MissingDataError: no such part, or several and no name.
         """
-        labels = [p.label for p in self.anatomy.parts]
-        chosen = labels[0] if part is None and len(labels) == 1 else part
-        if chosen not in labels:
-            raise MissingDataError(f"stream {self.name!r} has the embedding parts {', '.join(labels)}, not {part!r}")
-        return self._own("embed", labels.index(chosen), self._file.view(f"{self._base}/embed/{chosen}"))
+        index = self.anatomy.find_part(part)
+        return self._own("embed", index, self._file.view(f"{self._base}/embed/{self.anatomy.parts[index].label}"))
 
     def value_mix(self, key: str | int) -> Tensor:
         """Return the heads' outputs side by side as they enter an attention's output projection, (token, width).
@@ -170,7 +166,7 @@ class StreamView:
         Raises:
             MissingDataError: they were not stored (``--heads``), or no such sublayer.
         """
-        return self._file.view(f"{self._base}/value_mix/{self._sublayer(key).label}")
+        return self._file.view(f"{self._base}/value_mix/{self.anatomy.find(key).label}")
 
     def state(self, key: str | int) -> Tensor:
         """Return a state, (token, d_model); computed where it is not stored.
@@ -181,7 +177,7 @@ class StreamView:
         Raises:
             MissingDataError: no such state, or it is not stored and some writes before it are not either.
         """
-        index = self._state_index(key)
+        index = self.anatomy.find_state(key)
         place = self._stored_state(index)
         if place is None:
             return self._own("state", index, self._replayed([index])[0])
@@ -264,31 +260,6 @@ class StreamView:
             return f"{self._base}/read", self._reader[index]
         return None
 
-    def _state_index(self, key: str | int) -> int:
-        count = len(self.anatomy.steps) + 1
-        if isinstance(key, int):
-            if not -count <= key < count:
-                raise MissingDataError(f"stream {self.name!r} has states 0 to {count - 1}, not {key}")
-            return range(count)[key]
-        names: dict[str, int] = {}
-        for sublayer in self.anatomy.sublayers:
-            first = names.setdefault(f"resid_pre.{sublayer.layer}", sublayer.read)
-            if sublayer.read != first:
-                names.setdefault(f"resid_mid.{sublayer.layer}", sublayer.read)
-            names[f"resid_post.{sublayer.layer}"] = sublayer.read + 1
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=3, cutoff=0.3)
-            raise MissingDataError(f"stream {self.name!r} has no state {key!r}; near names: {', '.join(near)}")
-        return names[key]
-
-    def _sublayer(self, key: str | int) -> Sublayer:
-        if isinstance(key, str):
-            return self.anatomy.find(key)
-        count = len(self.anatomy.sublayers)
-        if not -count <= key < count:
-            raise MissingDataError(f"stream {self.name!r} has sublayers 0 to {count - 1}, not {key}")
-        return self.anatomy.sublayers[key]
-
     def _held(self, index: int) -> int:
         """Return the row that holds a sublayer."""
         if index not in self._row:
@@ -301,7 +272,7 @@ class StreamView:
     def _rows(self, key: Key) -> int | list[int]:
         if isinstance(key, slice):
             return [self._held(s.index) for s in self.anatomy.sublayers[key]]
-        return self._held(self._sublayer(key).index)
+        return self._held(self.anatomy.find(key).index)
 
 
 def _pick(whole: Tensor, rows: int | list[int]) -> Tensor:

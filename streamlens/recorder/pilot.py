@@ -14,7 +14,7 @@ from streamlens.discovery.layout import changed_at, main_input
 from streamlens.discovery.streams import discover
 from streamlens.edits import run_from
 from streamlens.errors import ProofError
-from streamlens.observation import Observation, observing, tokens
+from streamlens.observation import Keeper, Observation, observing, tokens
 from streamlens.proof import Replay, Verdict, same_bits
 from streamlens.replay import widest
 
@@ -39,11 +39,11 @@ class Pilot:
     verdict: Verdict
 
 
-class _Trial(Observation):
-    """An observation that also runs the proof."""
+class _Trial(Keeper):
+    """Keeps what it sees and runs the proof."""
 
     def __init__(self, anatomy: Anatomy, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__(anatomy)
         self.verdict = Verdict()
         self.replays = {s.name: Replay(s, parameters, self.verdict) for s in anatomy.streams}
 
@@ -100,8 +100,8 @@ def _report(module: nn.Module, inputs: Inputs, anatomy: Anatomy, trial: _Trial, 
     docs = main_input(inputs)[1].shape[1 if anatomy.stream().position_first else 0]
     for stream in anatomy.streams:
         name = stream.name
-        first, mixes = trial.states[name][0], trial.value_mixes.get(name, {})
-        own[name] = _own_dtypes(stream, trial)
+        first, mixes = trial.seen.states[name][0], trial.seen.value_mixes.get(name, {})
+        own[name] = _own_dtypes(stream, trial.seen)
         dtypes[f"{name}/read"] = widest(own[name]["state"][s.read] for s in stream.sublayers)
         dtypes[f"{name}/final"] = own[name]["state"][-1]
         dtypes[f"{name}/write"] = widest(own[name]["write"])
@@ -111,25 +111,25 @@ def _report(module: nn.Module, inputs: Inputs, anatomy: Anatomy, trial: _Trial, 
         if mixes:
             dtypes[f"{name}/value_mix"] = widest(t.dtype for t in mixes.values())
     main = anatomy.stream()
-    final = tokens(trial.states[main.name][len(main.steps)], main, docs, positions[main.name])
+    final = tokens(trial.seen.states[main.name][len(main.steps)], main, docs, positions[main.name])
     headed = run_from(module, anatomy, len(main.steps), final, inputs)
     causal = _is_causal(module, inputs, output, main.position_first)
     return Pilot(anatomy, dtypes, own, widths, positions, causal, same_bits(headed, output), trial.verdict)
 
 
-def _own_dtypes(stream: Stream, trial: _Trial) -> dict[str, tuple[torch.dtype, ...]]:
+def _own_dtypes(stream: Stream, seen: Observation) -> dict[str, tuple[torch.dtype, ...]]:
     """Models mix them: float32 states over bfloat16 writes (Mamba), or MLPs that are kept in float32 (T5)."""
-    usual = trial.states[stream.name][0].dtype  # of what was never seen, in a capture that is let through unproven
+    usual = seen.states[stream.name][0].dtype  # of what was never seen, in a capture that is let through unproven
     kinds = {
-        "embed": (trial.parts, len(stream.parts)),
-        "write": (trial.writes, len(stream.sublayers)),
-        "state": (trial.states, len(stream.states)),
+        "embed": (seen.parts, len(stream.parts)),
+        "write": (seen.writes, len(stream.sublayers)),
+        "state": (seen.states, len(stream.states)),
     }
 
-    def listed(seen: Mapping[int, Tensor], count: int) -> tuple[torch.dtype, ...]:
-        return tuple(seen[i].dtype if i in seen else usual for i in range(count))
+    def listed(found: Mapping[int, Tensor], count: int) -> tuple[torch.dtype, ...]:
+        return tuple(found[i].dtype if i in found else usual for i in range(count))
 
-    return {kind: listed(seen.get(stream.name, {}), count) for kind, (seen, count) in kinds.items()}
+    return {kind: listed(found.get(stream.name, {}), count) for kind, (found, count) in kinds.items()}
 
 
 def _is_causal(module: nn.Module, inputs: Inputs, output: Tensor, position_first: bool) -> bool:
