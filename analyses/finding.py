@@ -9,7 +9,7 @@ import torch
 
 from streamlens.checkpoint.loading import load
 from streamlens.checkpoint.model import Model
-from streamlens.errors import MissingDataError
+from streamlens.errors import MissingDataError, StreamlensError
 from streamlens.reader.opening import Capture
 
 Loader = Callable[[Path | None, torch.dtype | None], Model]
@@ -54,17 +54,26 @@ def find_model(
         # A factory is code: the name of one in a file is never run, only suggested.
         way = f"--model {source}" if ":" in source else "--model-file"
         raise MissingDataError(
-            f"{capture.path} was made from {source}, which is not a file here: run this where it is, or give "
-            f"the model itself ({way}; in Python model=)"
+            f"{capture.path} was made from {source}, which is not a file here or beside the capture: run this where "
+            f"it is, or give the model itself ({way}; in Python model=)"
         )
     recorded: torch.dtype = getattr(torch, str(capture.attrs["dtype"]))
+    others: list[Model] = []
+    errors: list[StreamlensError] = []
     for place in places:
-        model = load_from(place, None)
-        if not _is_of(model, capture) and _casts(model, recorded):
-            model = load_from(place, recorded)
+        try:
+            model = load_from(place, None)
+            if not _is_of(model, capture) and _casts(model, recorded):
+                model = load_from(place, recorded)
+        except StreamlensError as error:  # what else bears the name does not hide the right one
+            errors.append(error)
+            continue
         if _is_of(model, capture):
             return model
-    return made_sure(model, capture)
+        others.append(model)
+    if errors:
+        raise errors[0]
+    return made_sure(others[0], capture)
 
 
 def made_sure(model: Model, capture: Capture) -> Model:
@@ -82,9 +91,10 @@ def made_sure(model: Model, capture: Capture) -> Model:
 
 
 def _places(capture: Capture) -> list[Path]:
-    """Where the model may be: what the file says, as seen from here and from the folder of the file."""
+    """Where the model may be: what the file says, as seen from here and from its own folder; or its name there."""
     source = Path(str(capture.attrs["model_source"])).expanduser()
-    return [path for path in dict.fromkeys([source, capture.path.parent / source]) if path.exists()]
+    places = [source, capture.folder / source, capture.folder / source.name]
+    return [path for path in dict.fromkeys(places) if path.exists()]
 
 
 def _is_of(model: Model, capture: Capture) -> bool:

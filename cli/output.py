@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from streamlens.analyses.result import plain, scalar
-from streamlens.progress import SILENT
+from streamlens.progress import silent
 
 SCHEMA = 1
 """Version of the JSON object: raised when a row's key changes its meaning or goes away."""
@@ -108,7 +108,7 @@ def print_notes(notes: Iterable[str]) -> None:
 
 def tell(text: str) -> None:
     """Print a line to stderr, unless --quiet."""
-    if not SILENT.get():
+    if not silent():
         click.echo(wrapped(text), err=True)
 
 

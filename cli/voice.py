@@ -13,7 +13,7 @@ import click
 
 from streamlens.cli.options import EVERYWHERE, Shared
 from streamlens.cli.output import LOGGER, print_notes, tell, wrapped
-from streamlens.progress import SILENT
+from streamlens.progress import quiet
 
 _DEBUG = "streamlens.cli.debug"
 
@@ -89,8 +89,7 @@ def _switch(ctx: click.Context, option: click.Parameter, on: bool) -> bool:
     if ctx.meta.get("streamlens.cli.quiet") and ctx.meta.get("streamlens.cli.verbose"):
         raise click.UsageError("--quiet and --verbose contradict each other: pass one of them", ctx)
     if option.name == "quiet":
-        token = SILENT.set(True)
-        ctx.find_root().call_on_close(lambda: SILENT.reset(token))
+        ctx.find_root().with_resource(quiet())
     if option.name == "verbose":
         before = LOGGER.level
         LOGGER.setLevel(logging.INFO)

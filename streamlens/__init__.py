@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from streamlens.edits import edit as edit
     from streamlens.edits import run_from as run_from
     from streamlens.observation import observe as observe
+    from streamlens.progress import quiet as quiet
     from streamlens.reader.opening import Capture as Capture
     from streamlens.reader.opening import open_capture as open
     from streamlens.reader.verifying import verify as verify
@@ -121,6 +122,7 @@ _HOMES = {
     "observe": ("streamlens.observation", "observe"),
     "open": ("streamlens.reader.opening", "open_capture"),
     "pack": ("streamlens.checkpoint.packing", "pack"),
+    "quiet": ("streamlens.progress", "quiet"),
     "TokenTracks": ("streamlens.analyses.lens.tracks", "TokenTracks"),
     "report": ("streamlens.analyses.report.door", "report"),
     "run_from": ("streamlens.edits", "run_from"),
@@ -175,6 +177,7 @@ __all__ = [
     "position_lesion",
     "position_probes",
     "positional_persistence",
+    "quiet",
     "report",
     "run_from",
     "swap_neighbours",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -14,8 +14,57 @@ from streamlens.wording import counted, human_bytes
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-SILENT: ContextVar[bool] = ContextVar("SILENT", default=False)
-"""Whether nothing shows its progress, whatever it was asked for: `streamlens --quiet` sets it."""
+_QUIET: list[quiet] = []
+"""Who asked for silence and did not take it back. Of the process, not of a context: each cell of a notebook may run in
+a context of its own, and what the first cell asks for holds in all of them."""
+
+_LOG = logging.getLogger("streamlens")
+"""What all modules log to: the notes."""
+
+
+class quiet:
+    """Show no progress and no notes, whatever a call is asked for: inside a ``with``, or from now on.
+
+    Example:
+        >>> import io
+        >>> shown = io.StringIO()
+        >>> with quiet(), Progress(8, "capture", stream=shown) as progress:
+        ...     progress.update(8)
+        >>> shown.getvalue(), silent()
+        ('', False)
+    """
+
+    def __init__(self) -> None:
+        """Begin at once, so that a call alone, ``sl.quiet()``, holds for the rest of the session."""
+        self._level = _LOG.level
+        _QUIET.append(self)
+        _LOG.setLevel(logging.ERROR)
+
+    def __repr__(self) -> str:
+        """Return what a notebook shows after the bare call."""
+        return "<quiet: no progress and no notes>"
+
+    def __enter__(self) -> Self:
+        """Go on."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take it back; what others asked for holds."""
+        if self not in _QUIET:
+            return
+        after = _QUIET.index(self) + 1
+        if after < len(_QUIET):  # the level from before goes to whoever ends later
+            _QUIET[after]._level = self._level
+        else:
+            _LOG.setLevel(self._level)
+        _QUIET.remove(self)
+
+
+def silent() -> bool:
+    """Tell whether nothing is to be shown."""
+    return bool(_QUIET)
 
 
 class Progress:
@@ -45,13 +94,13 @@ class Progress:
             total_tokens: tokens in all.
             label: the word in front of the bar.
             done_tokens: tokens done by an earlier run.
-            enabled: whether to show anything at all; where `SILENT` is set, nothing is shown either way.
+            enabled: whether to show anything at all; under `quiet`, nothing is shown either way.
             stream: where to write; stderr by default.
             clock: counts seconds.
         """
         self.total_tokens = total_tokens
         self.label = label
-        self.enabled = enabled and not SILENT.get()
+        self.enabled = enabled and not silent()
         self.tokens = done_tokens
         self.n_bytes = 0
         self._resumed_from = done_tokens

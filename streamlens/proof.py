@@ -111,8 +111,8 @@ class Verdict:
         raise ProofError(
             f"the writes do not add up: {place(stream, self.state)} differs from its replay by {self.worst:.3g} "
             f"(relative L2; {bound(dtype):.3g} is allowed in {str(dtype).removeprefix('torch.')}). Something "
-            "between the additions changes the stream without being seen. --allow-unproven captures it all the same "
-            "and marks the file."
+            "between the additions changes the stream without being seen. allow_unproven=True (--allow-unproven) "
+            "captures it all the same and marks the file."
         )
 
 

@@ -16,7 +16,7 @@ from fixtures import zoo
 from streamlens.analyses.source import source_of
 from streamlens.checkpoint.nanogpt import NanoGPT, NanoGPTConfig
 from streamlens.cli.app import main
-from streamlens.errors import MissingDataError
+from streamlens.errors import CheckpointError, MissingDataError
 
 SMALL = ["--window", "8", "--max-tokens", "32"]
 Run = Callable[..., Result]
@@ -158,3 +158,49 @@ def test_a_relative_path_is_also_looked_up_beside_the_capture(tmp_path: Path, mo
         # Another model of that name in this folder does not hide the right one.
         sl.pack(sl.load(small_gpt_of_other_weights()), "model.pt")
         assert source_of(capture).model.sha256 == capture.attrs["model_sha256"]
+
+
+def test_a_capture_that_is_open_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook that changes its folder after opening: the path of the capture was relative, too."""
+    for name in ("there", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    sl.pack(sl.load(small_gpt()), "model.pt")
+    with sl.capture("model.pt", out="x.h5", window=8, max_tokens=32, progress=False) as capture:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert source_of(capture).model.sha256 == capture.attrs["model_sha256"]
+
+
+def test_a_model_that_moved_with_its_capture_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("models", "moved"):
+        Path(name).mkdir()
+    sl.pack(sl.load(small_gpt()), "models/model.pt")
+    sl.capture("models/model.pt", out="x.h5", window=8, max_tokens=32, progress=False).close()
+    for path in ("models/model.pt", "x.h5"):
+        Path(path).rename(Path("moved") / Path(path).name)
+    with sl.open("moved/x.h5") as capture:
+        assert source_of(capture).model.sha256 == capture.attrs["model_sha256"]
+        # The hash decides, wherever it lies.
+        sl.pack(sl.load(small_gpt_of_other_weights()), "moved/model.pt")
+        with pytest.raises(MissingDataError, match="give the model of the capture, or capture this one anew"):
+            _ = source_of(capture).model
+
+
+def test_what_cannot_be_loaded_does_not_hide_the_model_beside_the_capture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    monkeypatch.chdir("there")
+    sl.pack(sl.load(small_gpt()), "model.pt")
+    sl.capture("model.pt", out="x.h5", window=8, max_tokens=32, progress=False).close()
+    monkeypatch.chdir(tmp_path)
+    Path("model.pt").write_text("some notes of that name")
+    with sl.open("there/x.h5") as capture:
+        assert source_of(capture).model.sha256 == capture.attrs["model_sha256"]
+        Path("there/model.pt").unlink()
+        with pytest.raises(CheckpointError, match="no file that streamlens reads"):
+            _ = source_of(capture).model

@@ -25,6 +25,7 @@ from streamlens.analyses.statistics import Floats
 from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.checkpoint.model import Model
+from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,25 +80,37 @@ class TokenTracks(TokenTable):
             for j in range(len(self.position))
         ]
 
-    def plot(self, ax: Axes | None = None, *, at: int = -1, most: int = 5) -> Axes:
+    def plot(self, ax: Axes | None = None, *, at: int | None = None, most: int = 5) -> Axes:
         """Draw the probability of the followed tokens of one position along the stream.
 
         Args:
             ax: where to draw; by default a new figure.
-            at: which of `position`, by its index.
+            at: which position, one of `position`; by default the last.
             most: tokens at most: those that are likeliest somewhere.
+
+        Raises:
+            UsageError: the position is not one of those that were looked at.
         """
-        ax, found = axes(ax), self.probability[at]
+        column = self._column(at)
+        ax, found = axes(ax), self.probability[column]
         colours = [PALETTE[name] for name in ("attn", "mlp", "mixer", "embed", "cross_attn", "other", "norm")]
         for place, c in enumerate(np.argsort(-found.max(0), kind="stable")[:most]):
-            token = self.followed[at][c]
-            came = " (came)" if token == self.targets[at] else ""
+            token = self.followed[column][c]
+            came = " (came)" if token == self.targets[column] else ""
             ax.plot(found[:, c], color=colours[place % len(colours)], label=f"{shown(self.word(token))}{came}")
         ax.set_yscale("log")
-        read = shown(self.word(self.ids[at]))
-        return finish(
-            ax, x="state x_k", y="probability", title=f"{self.title}, position {self.position[at]} (reads {read})"
-        )
+        read = shown(self.word(self.ids[column]))
+        title = f"{self.title}, position {self.position[column]} (reads {read})"
+        return finish(ax, x="state x_k", y="probability", title=title)
+
+    def _column(self, position: int | None) -> int:
+        if position is None:
+            return len(self.position) - 1
+        there: list[int] = self.position.tolist()
+        if position not in there:
+            known = ", ".join(map(str, there))
+            raise UsageError(f"position {position} was not looked at: plot(at=...) takes one of {known}")
+        return there.index(position)
 
 
 def token_tracks(

@@ -94,6 +94,7 @@ class Capture:
     ) -> None:
         """Use `open_capture`."""
         self.path = path
+        self.folder = path.absolute().parent  # stays right when the working directory changes
         self.attrs = attrs
         self.anatomy = anatomy
         self._recorded = recorded

@@ -13,6 +13,7 @@ from streamlens.reader.stream import StreamView
 from streamlens.replay import advance, embed
 from streamlens.store.integrity import Problem
 from streamlens.store.integrity import verify as verify_bytes
+from streamlens.wording import counted
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,24 @@ class Verification:
     """Stored states that were compared in each block."""
     within_bound: bool
     """Whether every error is within what the dtype allows."""
+
+    def __str__(self) -> str:
+        """Return the verdict in one line."""
+        if self.problems:
+            damage = counted(len(self.problems), "place")
+            return f"{self.path} is damaged in {damage}, first in {self.problems[0].place}"
+        if not self.within_bound:
+            return f"{self.path}: the writes do not add up: {self.where} is off by {self.worst:.3g} (relative L2)"
+        if self.exact_blocks == self.blocks:
+            return f"{self.path}: every hash matches and all blocks add up bit for bit ({self.blocks})"
+        return (
+            f"{self.path}: every hash matches and {self.exact_blocks} of {self.blocks} blocks add up bit for bit; "
+            f"worst relative error {self.worst:.3g} at {self.where}, which the dtype allows"
+        )
+
+    def __repr__(self) -> str:
+        """Return the verdict in one line."""
+        return f"<verification of {self}>"
 
     @property
     def ok(self) -> bool:

@@ -36,9 +36,13 @@ class Problem:
     """Which block of tokens; None when the whole dataset is meant."""
     message: str
 
+    @property
+    def place(self) -> str:
+        """The dataset, its row and the block, as people name them."""
+        return self.dataset if self.block is None else f"{self.dataset}, block {self.block}"
+
     def __str__(self) -> str:
-        place = self.dataset if self.block is None else f"{self.dataset}, block {self.block}"
-        return f"{self.path}: {place}: {self.message}"
+        return f"{self.path}: {self.place}: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ def verify(path: str | Path) -> Iterator[Problem]:
         for block, (start, stop) in enumerate(recorded.layout.blocks):
             if recorded.proof["done"][block] == 1:
                 for name in damage(raw.fileno(), recorded, block):
-                    yield Problem(path, name, block, f"tokens {start} to {stop} are not those that were written")
+                    values = f"the stored values of {name.rpartition('/')[2]} at tokens {start} to {stop}"
+                    yield Problem(path, name, block, f"{values} are not those that were written")
             elif path.suffix != PARTIAL_SUFFIX:
                 yield Problem(path, "/proof/done", block, f"tokens {start} to {stop} were never captured")
