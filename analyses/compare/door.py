@@ -70,11 +70,13 @@ def compare(
     names = _names(*(source.capture.path for source in sources))
     layers = _layers_side_by_side(*streams)
     chosen = spread(sources[0].n_tokens, sample)
-    samples = [StateSample(states, chosen) for states in zip(*layers, strict=True)] if paired else []
+    samples = [
+        StateSample(states, own.d_model, chosen) for states, own in zip(zip(*layers, strict=True), streams, strict=True)
+    ]
     for index, source in enumerate(sources):
         for block in watched(source, names[index], progress=progress):
             sides[index].update(block)
-            if samples:
+            if paired:
                 samples[index].update(block)
     rows = sides[0].norms.contributions, sides[1].norms.contributions
     alignment = align(*rows, (streams[0].layers, streams[1].layers))
@@ -89,7 +91,7 @@ def compare(
         pairs=tuple((rows[0][i], rows[1][j]) for i, j in alignment.pairs),
         measures=differences(sides[0].sums, sides[1].sums, alignment.pairs),
         loss=_losses(*sides),
-        similarity=_similarity(samples, streams, layers, names),
+        similarity=_similarity(samples, streams, layers, names) if paired else None,
         moved=_moved(sources, names, progress) if comparable else None,
     )
 
@@ -132,16 +134,14 @@ def _similarity(
     streams: tuple[Stream, Stream],
     layers: Sequence[tuple[int, int]],
     names: tuple[str, str],
-) -> Similarity | None:
-    if not samples:
-        return None
+) -> Similarity:
     tables = zip(samples[0].tables, samples[1].tables, strict=True)
     return Similarity(
         title=f"Likeness of states: {names[1]} and {names[0]}",
         states=tuple(layers),
         labels=tuple((streams[0].state_labels[i], streams[1].state_labels[j]) for i, j in layers),
         cka=torch.tensor([debiased_cka(*pair) for pair in tables], dtype=torch.float64).numpy(),
-        tokens=len(samples[0].tables[0]),
+        tokens=samples[0].tables.shape[1],
     )
 
 

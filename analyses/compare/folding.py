@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from streamlens.analyses.norms.accumulate import ContributionNorms
 from streamlens.analyses.norms.measures import MEASURES
-from streamlens.analyses.sampling import some_rows
+from streamlens.analyses.sampling import Ints, some_rows
 from streamlens.analyses.source import CaptureSource
 from streamlens.analyses.statistics import DocumentSums, Floats, ends_of
 from streamlens.block import Block
@@ -121,22 +119,19 @@ class Moved:
 class StateSample:
     """Some states of some tokens, for what needs all tokens at once."""
 
-    def __init__(self, states: Sequence[int], tokens: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
-        """Say which states, and which tokens by number, in rising order."""
+    def __init__(self, states: Sequence[int], d_model: int, tokens: Ints) -> None:
+        """Say which states, how wide they are, and which tokens by number, in rising order."""
         self._states, self._tokens = tuple(states), torch.from_numpy(tokens)
-        self._rows: list[list[Tensor]] = [[] for _ in states]
+        # Made once: small pieces, kept from block to block, would hold on to the memory of the large ones between them.
+        self.tables = torch.empty(len(self._states), len(tokens), d_model)
+        """(state, sampled token, d_model) float32."""
 
     def update(self, block: Block) -> None:
         """Fold one block in."""
-        inside = self._tokens[(self._tokens >= block.start) & (self._tokens < block.stop)] - block.start
-        if len(inside):
-            for rows, k in zip(self._rows, self._states, strict=True):
-                rows.append(block.states[k][inside].float())
-
-    @property
-    def tables(self) -> list[Tensor]:
-        """For each state, (sampled token, d_model) float32."""
-        return [torch.cat(rows) for rows in self._rows]
+        first, last = torch.searchsorted(self._tokens, torch.tensor([block.start, block.stop])).tolist()
+        inside = self._tokens[first:last] - block.start
+        for table, k in zip(self.tables, self._states, strict=True):
+            table[first:last] = block.states[k][inside]
 
 
 def together(first: Iterator[Block], second: Iterator[Block]) -> Iterator[tuple[Block, Block]]:

@@ -20,6 +20,9 @@ from streamlens.wording import counted
 
 Ints = NDArray[np.int64]
 
+_ROOM = 256
+"""For so many sequences there is room from the start."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -79,7 +82,9 @@ class Sequences(ABC):
     source: Source
     at_once: int
     objective: Objective = field(default="pooled_norm", init=False)
-    tables: list[dict[str, Floats]] = field(default_factory=list, init=False)
+    sums: dict[str, Floats] = field(default_factory=dict, init=False)
+    """(sequence, ...) by name, with room for more: one small array for each sequence, made between the large ones of
+    its graph, would keep the memory of these from being given back."""
     doc: list[int] = field(default_factory=list, init=False)
     window: list[int] = field(default_factory=list, init=False)
 
@@ -91,19 +96,33 @@ class Sequences(ABC):
         """Run the sequences of a block and fold them in."""
         docs, positions = block.shape
         self.objective = objective_of(self.source, block)
+        start = len(self.doc)
         self.doc += block.doc.reshape(docs, positions)[:, 0].tolist()
         self.window += block.window.reshape(docs, positions)[:, 0].tolist()
         for graph in graphs(self.source, block, self.at_once):
             table = {name: _sequences_first(values) for name, values in self._measure(graph).items()}
-            self.tables.append({**table, "loss": graph.losses.detach().double().cpu().numpy()})
+            table["loss"] = graph.losses.detach().double().cpu().numpy()
+            self._store(table, start)
+            start += len(table["loss"])
             del graph  # or its memory would still be held while the next one is made
 
     def merge(self, other: Sequences) -> None:
         """Fold another partial result in, of other sequences of the same source."""
-        self.objective = other.objective if not self.tables else self.objective
-        self.tables += other.tables
+        self.objective = other.objective if not self.doc else self.objective
+        self._store({name: values[: len(other.doc)] for name, values in other.sums.items()}, len(self.doc))
         self.doc += other.doc
         self.window += other.window
+
+    def _store(self, table: dict[str, Floats], start: int) -> None:
+        """Put the numbers of some sequences in place; room is doubled where there is none."""
+        for name, values in table.items():
+            stop, kept = start + len(values), self.sums.get(name)
+            if kept is None or len(kept) < stop:
+                larger = np.empty((max(_ROOM, 2 * stop), *values.shape[1:]))
+                if kept is not None:
+                    larger[:start] = kept[:start]
+                self.sums[name] = kept = larger
+            kept[start:stop] = values
 
     def table(self) -> Table:
         """Return the numbers of all sequences that have a gradient.
@@ -111,7 +130,7 @@ class Sequences(ABC):
         Raises:
             MissingDataError: there is no such sequence.
         """
-        joined = {} if not self.tables else {k: np.concatenate([t[k] for t in self.tables]) for k in self.tables[0]}
+        joined = {name: values[: len(self.doc)] for name, values in self.sums.items()}
         moved = joined["energy"].reshape(len(self.doc), -1).sum(-1) > 0 if joined else np.zeros(0, bool)
         if not moved.any():
             raise MissingDataError(
