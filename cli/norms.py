@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import click
 
 from streamlens.cli.analysis import OriginOptions, ShowOptions, analysis_options
 from streamlens.cli.options import Sectioned
 from streamlens.cli.output import human, print_notes
 from streamlens.errors import UsageError
-
-if TYPE_CHECKING:
-    from streamlens.analyses.norms.answer import NormsResult
-
-_SHORT = (
-    "label", "relative_write", "cosine", "block_influence", "projection_share", "logit_attribution",
-    "final_frame_norm", "proximity",
-)  # fmt: skip
-
-_GIVE_WAY = ("final_frame_norm", "proximity")
-"""What the attribution to the logits takes the place of in the table."""
-
-_OF_WRITES = ("projection_share", "proximity")
-"""What whole layers do not have."""
 
 
 @click.command("norms", cls=Sectioned)
@@ -72,16 +56,4 @@ def command(
     elif cosines:
         show.show("norms", result.cosines, result.cosines.short_rows())
     else:
-        show.show("norms", result, _short(result, layers_only=layers_only, logits=logits))
-
-
-def _short(result: NormsResult, *, layers_only: bool, logits: bool) -> list[dict[str, Any]]:
-    """The columns that fit a terminal."""
-    own_frame = bool((result.states.forgetting_factor[1:] != 1).any())
-    there = {"logit_attribution": logits, "final_frame_norm": own_frame, "proximity": not own_frame}
-    left_out = {name for name, shown in there.items() if not shown or (logits and name in _GIVE_WAY)}
-    return [
-        {key: row[key] for key in _SHORT if key not in left_out and not (layers_only and key in _OF_WRITES)}
-        for row in result.rows()
-        if not layers_only or row["kind"] == "layer"
-    ]
+        show.show("norms", result, result.short_rows(layers_only=layers_only))

@@ -182,6 +182,24 @@ def test_cosines_name_the_writes_that_cancel() -> None:
     assert found.short_rows()[0] == {"label": "a", "lowest": -0.5, "with": "b", "highest": 0.2, "and with": "c"}
 
 
+@pytest.mark.parametrize(
+    ("name", "logits", "last"),
+    [("gpt2", False, "proximity"), ("bert", False, "final_frame_norm"), ("gpt2", True, "logit_attribution")],
+)
+def test_a_page_has_room_for_the_logits_or_one_frame(name: str, logits: bool, last: str) -> None:
+    found = case(name)
+    result = sl.contribution_norms(found.module, inputs=found.inputs, logits=logits, progress=False)
+    always = ["label", "relative_write", "cosine", "block_influence", "projection_share"]
+    rows = {row["label"]: row for row in result.rows()}
+    for row in result.short_rows():
+        assert list(row) == [*always, last]
+        assert row == {column: rows[row["label"]][column] for column in row}
+    layers = result.short_rows(layers_only=True)
+    assert [row["label"] for row in layers] == [label for label, row in rows.items() if row["kind"] == "layer"]
+    assert len(layers) == found.anatomy.stream().layers
+    assert list(layers[0]) == [*always[:-1], *([last] if last != "proximity" else [])]
+
+
 def test_the_result_shows_itself() -> None:
     result = opened("gpt2")[2]
     page = result._repr_html_()

@@ -22,6 +22,12 @@ _SHORT = (
     "final_frame_norm", "proximity",
 )  # fmt: skip
 
+_ONE_OF = ("logit_attribution", "final_frame_norm", "proximity")
+"""Of these the page has room for the first that there is."""
+
+_OF_WRITES = ("projection_share", "proximity")
+"""What whole layers do not have."""
+
 
 @dataclass(frozen=True)
 class NormsResult(Result):
@@ -71,14 +77,21 @@ class NormsResult(Result):
             found.append(row)
         return found
 
-    def short_rows(self) -> list[dict[str, Any]]:
-        """Return the columns that fit a page; those that say nothing of this model are left out."""
+    def short_rows(self, *, layers_only: bool = False) -> list[dict[str, Any]]:
+        """Return the columns that fit a page; those that say nothing of this model are left out.
+
+        Args:
+            layers_only: the rows of whole layers alone, and the columns that these have.
+        """
         own_frame = bool((self.states.forgetting_factor[1:] != 1).any())
         attributed = not np.isnan(self.column("logit_attribution")).all()
-        left_out = {
-            name for name, there in (("logit_attribution", attributed), ("final_frame_norm", own_frame)) if not there
-        }
-        return [{key: row[key] for key in _SHORT if key not in left_out} for row in self.rows()]
+        last = "logit_attribution" if attributed else "final_frame_norm" if own_frame else "proximity"
+        left_out = {name for name in _ONE_OF if name != last} | (set(_OF_WRITES) if layers_only else set())
+        return [
+            {key: row[key] for key in _SHORT if key not in left_out}
+            for row in self.rows()
+            if not layers_only or row["kind"] == "layer"
+        ]
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the relative write of every sublayer by layer: median and quartiles over tokens, without position 0."""
