@@ -117,10 +117,11 @@ def test_tracks_are_drawn_at_a_position(capture_file: Path) -> None:
     found = case("gpt2")
     every = sl.token_tracks(found.module, inputs=found.inputs, positions=range(2, 6))
     for position in range(2, 6):
-        alone = sl.token_tracks(found.module, inputs=found.inputs, positions=[position]).plot()
-        drawn = every.plot(at=position)
+        alone = sl.token_tracks(found.module, inputs=found.inputs, positions=[position]).plot(most=99)
+        drawn = every.plot(at=position, most=99)
         assert drawn.get_title("left") == alone.get_title("left")
         assert f"position {position} " in drawn.get_title("left")
+        assert sum(str(line.get_label()).endswith(" (came)") for line in drawn.lines) == 1
         for line, expected in zip(drawn.lines, alone.lines, strict=True):
             assert line.get_label() == expected.get_label()
             assert line.get_ydata() == pytest.approx(expected.get_ydata(), rel=1e-4)
