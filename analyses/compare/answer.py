@@ -138,7 +138,8 @@ class Comparison(Result):
     measures: Differences
     """(row, measure) means over tokens without position 0, and their differences."""
     loss: Mapping[str, float] | None
-    """nats per token: ``first``, ``second``, ``difference``, ``low`` and ``high``; None where a capture has none."""
+    """nats per token, without position 0: ``first``, ``second``, ``difference``, ``low`` and ``high``; None where a
+    capture has none."""
     similarity: Similarity | None
     """Where both saw the same tokens."""
     moved: MovedResult | None

@@ -74,7 +74,7 @@ def compare(
         StateSample(states, own.d_model, chosen) for states, own in zip(zip(*layers, strict=True), streams, strict=True)
     ]
     for index, source in enumerate(sources):
-        for block in watched(source, names[index], progress=progress):
+        for block in watched(source, ("first", "second")[index], progress=progress):
             sides[index].update(block)
             if paired:
                 samples[index].update(block)
@@ -148,7 +148,7 @@ def _similarity(
 def _moved(sources: tuple[CaptureSource, CaptureSource], names: tuple[str, str], progress: bool) -> MovedResult:
     stream = sources[0].stream
     moved = Moved(len(stream.state_labels), len(stream.labels))
-    with Progress(sources[0].n_tokens, "token by token", enabled=progress) as bar:
+    with Progress(sources[0].n_tokens, "both", enabled=progress) as bar:
         for first, second in together(sources[0].blocks(), sources[1].blocks()):
             moved.update(first, second)
             bar.update(first.stop - first.start)

@@ -86,7 +86,7 @@ class Side:
         self.sums.add(torch.where(block.position > 0, table, torch.nan), block.doc, block.window)
         if self._summary is not None:
             lse, target = (rows[block.start : block.stop].double() for rows in self._summary)
-            self.loss.add(lse - target, block.doc, block.window)
+            self.loss.add(torch.where(block.position > 0, lse - target, torch.nan), block.doc, block.window)
 
 
 class Moved:
