@@ -91,7 +91,8 @@ def test_the_recorded_loss_is_found_again(name: str, seed: int) -> None:
     loss = loss_without(trained(name, seed), None)
     assert (found["seed"], found["steps"]) == (seed, 1500)
     assert abs(loss - record["held_out"]) < 0.15
-    assert loss < 2.5 < record["untrained"]
+    # Without skips a seed may learn little more than how frequent bytes are (3.3): none was chosen.
+    assert loss < (3.2 if name == "no_skip" else 2.5) < record["untrained"]
 
 
 @pytest.mark.parametrize("name", witnesses.names())
