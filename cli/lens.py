@@ -159,6 +159,11 @@ def _remarks(found: LensResult) -> list[str]:
     from streamlens.analyses.lens.head import OWN
 
     notes = [] if found.head == OWN else [f"looked through {found.head}"]
+    if found.on_training_text:
+        notes.append(
+            "this is the text that the tuned lens was trained on, so these numbers are better than they would be on "
+            "another: what --train prints is over the documents held out"
+        )
     if found.precision is not None:
         notes.append(
             f"products in lower precision: on {found.precision['tokens']:.0f} tokens kl differs by "

@@ -51,6 +51,10 @@ class TestCommand:
         self.run("lens", "model.h5", "--train", "bias", "--save", "lens.pt")
         tuned, bare = self.rows("--tuned", "lens.pt"), self.rows()
         assert tuned[0]["kl"] < bare[0]["kl"]
+        assert [r["on_training_text"] for r in tuned] == [True] * len(tuned)
+        assert "text that the tuned lens was trained on" in self.run("lens", "--tuned", "lens.pt").stderr
+        other = self.run("lens", self.MODEL, *self.SMALL, "--tuned", "lens.pt")
+        assert "trained on" not in other.stderr
 
     def test_lower_precision_says_by_how_much(self) -> None:
         self.run("capture", self.MODEL, *self.SMALL)

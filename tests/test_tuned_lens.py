@@ -20,6 +20,7 @@ from streamlens.analyses.lens.head import LinearHead, head_of
 from streamlens.analyses.lens.moments import StateMoments
 from streamlens.analyses.lens.trace import Chain
 from streamlens.analyses.lens.tuned import TunedLens, _split, load_lens, train_lens
+from streamlens.analyses.sampling import sampled
 from streamlens.analyses.source import Source, source_of
 from streamlens.block import Block
 from streamlens.errors import FormatError, UsageError
@@ -179,6 +180,33 @@ class TestDescent:
     def test_products_in_bfloat16(self, origin: Source) -> None:
         lens = train_lens(origin, kind="kl", start="bias", steps=20, dtype="bfloat16", progress=False)
         assert (lens.kl[:-1, 0] < lens.kl_logit_lens[:-1, 0]).all()
+
+
+def test_on_its_own_text_it_says_so(tmp_path: Path) -> None:
+    """The same tokens live, from a capture, and windows of them are known again; other tokens are not."""
+    model, given = sl.load(MODEL), {"text": TEXT, "window": 64}
+    lens = train_lens(model, kind="bias", progress=False, **given)  # type: ignore[arg-type]
+    assert set(lens.held_out) == set(_split(source_of(model, **given), 0.2, 0).tolist())  # type: ignore[arg-type]
+    filed = load_lens(lens.save(tmp_path / "lens.pt"))
+    with sl.capture(model, out=tmp_path / "own.h5", progress=False, **given) as capture:  # type: ignore[arg-type]
+        captured = source_of(capture, model=model)
+        for own in (captured, source_of(model, **given), sampled(captured, 3)):  # type: ignore[arg-type]
+            found = logit_lens(own, translators=filed, progress=False)
+            assert found.on_training_text
+            assert found.title.startswith("tuned lens (bias), on the text that it was trained on: ")
+            assert all(row["on_training_text"] for row in found.rows())
+        assert not logit_lens(captured, progress=False).on_training_text
+    other = logit_lens(model, translators=filed, text=TEXT[1:], window=64, progress=False)
+    assert not other.on_training_text
+    assert "trained" not in other.title
+
+
+def test_a_lens_of_an_older_file_does_not_know_its_text(tmp_path: Path, lens: TunedLens) -> None:
+    path = lens.save(tmp_path / "lens.pt")
+    content = torch.load(path, weights_only=True)
+    del content["text_sha256"], content["held_out"]
+    torch.save(content, path)
+    assert not logit_lens(source(), translators=path, progress=False).on_training_text
 
 
 def test_held_out_documents_teach_nothing() -> None:

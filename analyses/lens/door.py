@@ -74,6 +74,8 @@ class LensResult(Result):
     """What intervals are over: documents, or windows where there are fewer than ten."""
     tuned: str | None = None
     """Kind of the translators that were applied, if any: ``bias``, ``ridge``, ``kl`` or ``affine match``."""
+    on_training_text: bool = False
+    """Whether the tuned lens was trained on this very text: its numbers are then better than on any other."""
 
     @property
     def kl(self) -> Summary:
@@ -105,7 +107,8 @@ class LensResult(Result):
                 row |= summary.row(name, i)
             for name, value in self.delta_log_probability.row("delta_log_probability", i - 1).items():
                 row[name] = value if i else float("nan")
-            rows.append({**row, "depth_share": float(share[i]), "interval_over": self.interval_over})
+            row |= {"depth_share": float(share[i]), "interval_over": self.interval_over}
+            rows.append(row if self.tuned is None else {**row, "on_training_text": self.on_training_text})
         return rows
 
     def short_rows(self) -> list[dict[str, Any]]:
@@ -251,12 +254,17 @@ def lens_result(source: Source, tally: LensTally, tuned: Translators | None = No
     Raises:
         UsageError: the document of the grid is not among the tokens.
     """
+    from streamlens.analyses.lens.tuned import TunedLens
+
     nearest = tally.head.description == NEAREST
     name = "nearest-token lens (no head; word embeddings instead)" if nearest else "logit lens"
     if isinstance(tuned, AffineMatch):
         name = f"{name}, gains and biases matched"
     elif tuned is not None:
         name = f"tuned lens ({tuned.kind}), {name}" if nearest else f"tuned lens ({tuned.kind})"
+    known = isinstance(tuned, TunedLens) and tuned.trained_on(source)
+    if known:
+        name = f"{name}, on the text that it was trained on"
     labels, indices = source.stream.state_labels, np.asarray(tally.options.states)
     steps = source.stream.steps
     kinds = ["+".join(dict.fromkeys(source.stream.sublayers[s].kind for s in step.sublayers)) for step in steps]
@@ -278,6 +286,7 @@ def lens_result(source: Source, tally: LensTally, tuned: Translators | None = No
         documents=tally.documents,
         interval_over=tally.unit,
         tuned=None if tuned is None else tuned.kind,
+        on_training_text=known,
     )
 
 

@@ -60,6 +60,14 @@ class TunedLens(Result):
     train_tokens: int
     held_out_tokens: int
     held_out_documents: int
+    text_sha256: str = ""
+    """sha256 of the tokens that it was made from, as captures record it; empty where that is not known."""
+    held_out: tuple[int, ...] = ()
+    """Numbers of the documents of that text that it was judged on; it was trained on all others."""
+
+    def trained_on(self, source: Source) -> bool:
+        """Whether a source shows the text that the lens was made from, or windows of it."""
+        return bool(self.text_sha256) and text_sha256(source) == self.text_sha256
 
     def translate(self, k: int, state: Tensor) -> Tensor:
         """Return state x_k in the basis of the last one, (token, d_model); the last one is returned as it is."""
@@ -96,7 +104,7 @@ class TunedLens(Result):
             return super().save(path)
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         content |= {name: torch.from_numpy(content[name]) for name in ("kl_logit_lens", "kl")}
-        torch.save({"format": FORMAT, **content, "labels": list(self.labels)}, path)
+        torch.save({"format": FORMAT, **content, "labels": list(self.labels), "held_out": list(self.held_out)}, path)
         return path
 
     def rows(self) -> list[dict[str, Any]]:
@@ -136,6 +144,7 @@ def load_lens(path: str | Path) -> TunedLens:
         if content.pop("format") != FORMAT:
             raise FormatError(f"{path} is a tuned lens of another version")
         content["labels"] = tuple(content["labels"])
+        content["held_out"] = tuple(content.get("held_out", ()))
         content |= {name: content[name].numpy() for name in ("kl_logit_lens", "kl")}
         return TunedLens(**content)
     except FormatError:
@@ -255,6 +264,8 @@ class _Trainer:
             train_tokens=self.train_tokens,
             held_out_tokens=0,
             held_out_documents=len(self.apart),
+            text_sha256=text_sha256(source),
+            held_out=tuple(sorted(self.apart.tolist())),
         )
         options = LensOptions(tuple(range(count)), (1,), None, False, None, None, ())
         tallies = [LensTally(source, self.head, options, each) for each in (None, lens)]
@@ -265,6 +276,16 @@ class _Trainer:
         plain, tuned = (np.stack([s.mean, s.low, s.high], 1) for s in (t.summaries()["kl"] for t in tallies))
         values = {field.name: getattr(lens, field.name) for field in fields(lens)}
         return TunedLens(**{**values, "kl_logit_lens": plain, "kl": tuned, "held_out_tokens": tallies[0].tokens})
+
+
+def text_sha256(source: Source) -> str:
+    """Return the sha256 of the tokens of a source, or of those that it is a sample of; empty where it is not known."""
+    known: Any = source
+    while not isinstance(known, CaptureSource | LiveSource):
+        if not hasattr(known, "source"):
+            return ""
+        known = known.source
+    return str(known.capture.attrs["text_sha256"]) if isinstance(known, CaptureSource) else known.plan.feed.sha256
 
 
 def _split(source: Source, share: float, seed: int) -> Tensor:
