@@ -46,6 +46,17 @@ class TestCommand:
         assert Path("grid.png").exists()
         assert len(self.rows(self.MODEL, *self.SMALL, "--grid", "--at", "3-5")) == 17 * 3
 
+    @pytest.mark.parametrize("how", ["--grid", "--writes"])
+    def test_positions_and_documents_that_are_not_there(self, how: str) -> None:
+        self.run("capture", self.MODEL, *self.SMALL, "--positions", "2-4,9")
+        found = self.run("lens", how, "--at", "500,502", code=2)
+        assert "document 0 has none of the positions 500, 502: it has positions 2 to 4, 9" in found.stderr
+        assert found.stdout == ""
+        missing = self.run("lens", how, "--doc", "99", "--at", "2", code=2).stderr
+        assert "there is no document 99: there are documents 0 to " in missing
+        if how == "--grid":
+            assert {row["position"] for row in self.rows("--grid")} == {2, 3, 4, 9}
+
     def test_a_tuned_lens_is_made_and_used(self) -> None:
         self.run("capture", self.MODEL, "--max-tokens", "4096")
         self.run("lens", "model.h5", "--train", "bias", "--save", "lens.pt")

@@ -85,7 +85,7 @@ def test_a_head_with_an_activation_has_no_shares(name: str) -> None:
 
 
 def test_a_document_that_is_not_there() -> None:
-    with pytest.raises(UsageError, match="there are 0 to 2"):
+    with pytest.raises(UsageError, match="there is no document 9: there are documents 0 to 2"):
         look(case("gpt2"), doc=9)
 
 

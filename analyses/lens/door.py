@@ -170,7 +170,8 @@ class LensChoice(TypedDict, total=False):
     """For a post-norm stream: exchange the gain and bias of the norm that made each state for those of the last one,
     which are what the head expects (`AffineMatch`)."""
     grid: bool
-    """Whether to keep the likeliest tokens at a few positions of one document; by default it does."""
+    """Whether to keep the likeliest tokens at a few positions of one document; by default it does, where they are
+    there. Asked for by this or the next two, positions that are not there are an error."""
     grid_doc: int | None
     """Which document; by default the first."""
     grid_positions: Sequence[int]
@@ -204,8 +205,8 @@ def logit_lens(
         and the title say so.
 
     Raises:
-        UsageError: a state that is not there, a top_k below 1, an unknown dtype, translators of another model,
-            affine_match with translators or in a stream that is not post-norm.
+        UsageError: a state, document or position that is not there, a top_k below 1, an unknown dtype, translators of
+            another model, affine_match with translators or in a stream that is not post-norm.
         MissingDataError: neither a head nor word embeddings; or a capture lacks states, or its model is not here.
 
     >>> from fixtures import zoo
@@ -245,6 +246,7 @@ def _options(source: Source, choice: LensChoice) -> LensOptions:
         chunk_tokens=choice.get("chunk_tokens"),
         grid_doc=choice.get("grid_doc"),
         grid_positions=tuple(choice.get("grid_positions", range(10))) if choice.get("grid", True) else (),
+        grid_demanded=bool(choice.get("grid")) or "grid_positions" in choice,
     )
 
 
@@ -252,7 +254,7 @@ def lens_result(source: Source, tally: LensTally, tuned: Translators | None = No
     """Put the sums together.
 
     Raises:
-        UsageError: the document of the grid is not among the tokens.
+        UsageError: the document or the positions of the grid that was asked for are not among the tokens.
     """
     from streamlens.analyses.lens.tuned import TunedLens
 

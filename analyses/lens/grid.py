@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,10 +140,13 @@ class GridKeeper:
     Args:
         doc: which document; None takes the first one.
         positions: which positions of it.
+        demanded: whether it is a mistake if none of them is there.
     """
 
-    def __init__(self, doc: int | None, positions: Sequence[int]) -> None:
+    def __init__(self, doc: int | None, positions: Sequence[int], *, demanded: bool = False) -> None:
         self._doc, self._asked, self._positions = doc, doc is not None, tuple(positions)
+        self._demanded = demanded or self._asked
+        self._there: set[int] = set()
         self._kept: dict[int, _Column] = {}
         self._seen = [np.inf, -np.inf]
 
@@ -156,6 +159,7 @@ class GridKeeper:
         if self._doc is None:
             self._doc = first
         wanted = torch.isin(block.position, torch.tensor(self._positions, dtype=block.position.dtype))
+        self._there |= set(block.position[block.doc == self._doc].tolist())
         for place in torch.nonzero((block.doc == self._doc) & wanted)[:, 0].tolist():
             position = int(block.position[place])
             if position not in self._kept:
@@ -168,8 +172,9 @@ class GridKeeper:
         """Take over what another has, as if it had seen all tokens in their order."""
         self._seen = [min(self._seen[0], other._seen[0]), max(self._seen[1], other._seen[1])]
         if not self._asked and other._doc is not None and (self._doc is None or other._doc < self._doc):
-            self._doc, self._kept = other._doc, {}
+            self._doc, self._kept, self._there = other._doc, {}, set()
         if self._doc == other._doc:
+            self._there |= other._there
             for position, column in other._kept.items():
                 own = self._kept.get(position)
                 self._kept[position] = column if own is None or column.row < own.row else own
@@ -183,13 +188,11 @@ class GridKeeper:
         if not self._positions:
             return None
         if not self._kept:
-            if not self._asked:
+            if not self._demanded:
                 return None
+            assert self._doc is not None, "a source has at least one token"
             low, high = (int(n) for n in self._seen)
-            raise UsageError(
-                f"document {self._doc} has none of the positions {list(self._positions)}: there are documents {low} to "
-                f"{high}"
-            )
+            raise _not_there(self._doc, self._positions, self._there, low, high)
         position = np.asarray(sorted(self._kept), np.int64)
         columns = [self._kept[int(p)] for p in position]
         ids, targets = (np.asarray([getattr(c, n) for c in columns], np.int64) for n in ("token", "target"))
@@ -230,8 +233,10 @@ def some_tokens(source: Source, doc: int | None, positions: Sequence[int]) -> tu
         UsageError: it has none of them, or is not there.
     """
     seen: list[int] = []
+    there: set[int] = set()
     for block in source.blocks():
         wanted = int(block.doc[0]) if doc is None else doc
+        there |= set(block.position[block.doc == (seen[0] if doc is None and seen else wanted)].tolist())
         seen += [int(block.doc.min()), int(block.doc.max())]
         chosen = torch.isin(block.position, torch.tensor(list(positions), dtype=block.position.dtype))
         rows = torch.nonzero((block.doc == wanted) & chosen)[:, 0]
@@ -240,6 +245,27 @@ def some_tokens(source: Source, doc: int | None, positions: Sequence[int]) -> tu
             again = torch.nonzero(place[1:] <= place[:-1])[:, 0]
             rows = rows[: int(again[0]) + 1] if len(again) else rows
             return block, rows
-    raise UsageError(
-        f"no document {doc} with one of the positions {list(positions)}: there are {min(seen)} to {max(seen)}"
-    )
+    raise _not_there(seen[0] if doc is None else doc, positions, there, min(seen), max(seen))
+
+
+def _not_there(doc: int, positions: Sequence[int], there: set[int], low: int, high: int) -> UsageError:
+    """The mistake of asking for positions that a document does not have; `low` and `high` are documents there are."""
+    if not there:
+        return UsageError(f"there is no document {doc}: there are documents {low} to {high}")
+    own = f"it has {'position' if len(there) == 1 else 'positions'} {spans(there)}"
+    return UsageError(f"document {doc} has none of the positions {spans(positions)}: {own}")
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Return whole numbers as runs, each by its ends.
+
+    >>> spans([5, 3, 4, 9]), spans([7])
+    ('3 to 5, 9', '7')
+    """
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1][1:] = [n]
+        else:
+            runs.append([n])
+    return ", ".join(" to ".join(map(str, run)) for run in runs)

@@ -55,6 +55,8 @@ class LensOptions:
     chunk_tokens: int | None
     grid_doc: int | None
     grid_positions: tuple[int, ...]
+    grid_demanded: bool = False
+    """Whether it is a mistake if none of these positions is there."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class LensTally:
         self.depth_all: NDArray[np.int64] = np.zeros(states, np.int64)
         self.tokens = 0
         self.precision: Mapping[str, float] | None = None
-        self._keeper = GridKeeper(options.grid_doc, options.grid_positions)
+        self._keeper = GridKeeper(options.grid_doc, options.grid_positions, demanded=options.grid_demanded)
         self._work: Workspace | None = None
         alone = self.head.whole_blocks or self.head.device.type != "cpu"
         self._team = Team(1 if alone else None)
