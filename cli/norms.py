@@ -13,7 +13,9 @@ from streamlens.errors import UsageError
 @click.command("norms", cls=Sectioned)
 @analysis_options
 @click.option("--heads", is_flag=True, help="Also every attention head; a capture needs --heads, too.")
-@click.option("--logits", is_flag=True, help="Also attribute the target's logit directly to every write.")
+@click.option(
+    "--logits", is_flag=True, help="Also attribute the target's logit directly to every write, in the figure too."
+)
 @click.option("--layers-only", is_flag=True, help="Show the rows of whole layers alone.")
 @click.option("--states", is_flag=True, help="Show the size of every state, what skips keep of it, and who stands out.")
 @click.option("--cosines", is_flag=True, help="Show which writes point the same way, and which cancel each other.")

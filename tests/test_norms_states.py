@@ -19,6 +19,7 @@ from streamlens.analyses.norms.cosines import WriteCosinesResult
 from streamlens.analyses.source import Source
 from streamlens.block import Block
 from streamlens.cli.app import main
+from streamlens.errors import UsageError
 from tests.conftest import case
 from tests.test_norms import columns, norms_of, source_for
 
@@ -229,6 +230,25 @@ def test_the_result_shows_itself() -> None:
     legend = result.plot().get_legend()
     assert legend is not None
     assert [t.get_text() for t in legend.get_texts()] == ["attention", "MLP"]
+
+
+def test_attributed_logits_have_a_panel() -> None:
+    found = case("gpt2")
+    result = sl.contribution_norms(found.module, inputs=found.inputs, logits=True, progress=False)
+    figure = result.plot().get_figure()
+    assert figure is not None
+    upper, lower = figure.axes
+    assert lower.get_ylabel() == "Added to the target's logit\n(logits; median, quartiles)"
+    assert upper.get_ylabel() == "Relative write |w| / |x|\n(median, quartiles)"
+    drawn = {float(y) for line in lower.get_lines() for y in np.asarray(line.get_ydata()) if len(line.get_xdata()) > 2}
+    known = {r["logit_attribution_median"] for r in result.rows() if r["kind"] in ("attn", "mlp")}
+    assert drawn == known, "every sublayer, and nothing else"
+    alone = result.plot_logits()
+    assert alone.get_title(loc="left").startswith("Direct logit attribution:")
+    bare = opened("gpt2")[2]
+    assert len(bare.plot().get_figure().axes) == 1  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="logits=True"):
+        bare.plot_logits()
 
 
 class TestCommand:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlens.analyses.figures import KIND_NAMES, PALETTE, axes, finish, integer_ticks, interval, style
+from streamlens.analyses.figures import KIND_NAMES, PALETTE, axes, finish, integer_ticks, interval, panels, style
 from streamlens.analyses.norms.cosines import WriteCosinesResult
 from streamlens.analyses.norms.measures import MEASURES, OVERLAPPING, SUBLAYER_KINDS, Contribution
 from streamlens.analyses.norms.states import StateNormsResult
 from streamlens.analyses.result import Result
+from streamlens.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,8 +85,7 @@ class NormsResult(Result):
             layers_only: the rows of whole layers alone, and the columns that these have.
         """
         own_frame = bool((self.states.forgetting_factor[1:] != 1).any())
-        attributed = not np.isnan(self.column("logit_attribution")).all()
-        last = "logit_attribution" if attributed else "final_frame_norm" if own_frame else "proximity"
+        last = "logit_attribution" if self.attributed else "final_frame_norm" if own_frame else "proximity"
         left_out = {name for name in _ONE_OF if name != last} | (set(_OF_WRITES) if layers_only else set())
         return [
             {key: row[key] for key in _SHORT if key not in left_out}
@@ -93,21 +93,57 @@ class NormsResult(Result):
             if not layers_only or row["kind"] == "layer"
         ]
 
+    @property
+    def attributed(self) -> bool:
+        """Whether the target's logit was attributed."""
+        return not np.isnan(self.column("logit_attribution")).all()
+
     def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the relative write of every sublayer by layer and, where logits were attributed, those below.
+
+        Args:
+            ax: draw the relative writes alone, there.
+        """
+        if ax is not None or not self.attributed:
+            return self.plot_writes(ax)
+        upper, lower = panels(2, 1, width=6.0, height=5.6)
+        self.plot_writes(upper)
+        self.plot_logits(lower).set_title("", loc="left")
+        return upper
+
+    def plot_writes(self, ax: Axes | None = None) -> Axes:
         """Draw the relative write of every sublayer by layer: median and quartiles over tokens, without position 0."""
-        place = MEASURES.index("relative_write")
+        with style():
+            ax = self._by_layer("relative_write", axes(ax))
+            ax.set_yscale("log")
+            return finish(ax, x="Layer", y="Relative write |w| / |x|\n(median, quartiles)", title=self.title)
+
+    def plot_logits(self, ax: Axes | None = None) -> Axes:
+        """Draw what every sublayer adds to the target's logit, by layer: median and quartiles, without position 0.
+
+        Raises:
+            UsageError: no logits were attributed.
+        """
+        if not self.attributed:
+            raise UsageError("no logits were attributed: call contribution_norms with logits=True")
         with style():
             ax = axes(ax)
-            for kind in dict.fromkeys(c.kind for c in self.contributions if c.kind in SUBLAYER_KINDS):
-                rows = [i for i, c in enumerate(self.contributions) if c.kind == kind]
-                layers = [float(self.contributions[i].layer or 0) for i in rows]
-                median, colour = self.median[rows, place], PALETTE[kind]
-                ax.plot(layers, median, "o-", markersize=3, color=colour, label=KIND_NAMES[kind])
-                lower, upper = (list(q[rows, place]) for q in (self.lower_quartile, self.upper_quartile))
-                interval(ax, layers, lower, upper, colour)
-            ax.set_yscale("log")
-            integer_ticks(ax)
-            return finish(ax, x="Layer", y="Relative write |w| / |x|\n(median, quartiles)", title=self.title)
+            ax.axhline(0, color=PALETTE["norm"], linewidth=0.6)
+            drawn = self._by_layer("logit_attribution", ax)
+            title = self.title.replace("Contribution norms", "Direct logit attribution", 1)
+            return finish(drawn, x="Layer", y="Added to the target's logit\n(logits; median, quartiles)", title=title)
+
+    def _by_layer(self, measure: str, ax: Axes) -> Axes:
+        place = MEASURES.index(measure)
+        for kind in dict.fromkeys(c.kind for c in self.contributions if c.kind in SUBLAYER_KINDS):
+            rows = [i for i, c in enumerate(self.contributions) if c.kind == kind]
+            layers = [float(self.contributions[i].layer or 0) for i in rows]
+            median, colour = self.median[rows, place], PALETTE[kind]
+            ax.plot(layers, median, "o-", markersize=3, color=colour, label=KIND_NAMES[kind])
+            lower, upper = (list(q[rows, place]) for q in (self.lower_quartile, self.upper_quartile))
+            interval(ax, layers, lower, upper, colour)
+        integer_ticks(ax)
+        return ax
 
     def plot_shares(self, ax: Axes | None = None) -> Axes:
         """Draw each contribution's share of the last state, in the order of the stream; the bars sum to 1."""
