@@ -118,6 +118,7 @@ class ShowOptions:
         result: Result,
         rows: list[dict[str, Any]] | None = None,
         more: Mapping[str, list[dict[str, Any]]] | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Print the table, or as JSON all rows, and save what was asked for.
 
@@ -126,12 +127,13 @@ class ShowOptions:
             result: what was found.
             rows: a shorter table for the terminal; by default all rows.
             more: further tables, see `print_rows`.
+            about: what is true of all rows, see `print_rows`.
 
         Raises:
             StorageError: a file could not be written.
         """
         shown = result.rows() if self.as_json or rows is None else rows
-        print_rows(command, shown, as_json=self.as_json, more=more)
+        print_rows(command, shown, as_json=self.as_json, more=more, about=about)
         for path in self.saves:
             with stage("saved"):
                 written = result.save(path)

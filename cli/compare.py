@@ -50,15 +50,18 @@ def command(first: Path, second: Path, measure: str, moved: bool, stream: str | 
 
     found = compare(first, second, measure=measure, stream=stream)
     print_notes(_notes(found))
+    about = {name: getattr(found, name) for name in ("names", "paired", "says", "over", "loss")}
+    if found.similarity is not None:
+        about["similarity"] = found.similarity.rows()
     if not moved:
-        show.show("compare", found, _short(found))
+        show.show("compare", found, _short(found), about=about)
     elif found.moved is None:
         raise MissingDataError(
             "vectors can be compared only where both captures saw the same tokens through streams of the same shape: "
             "leave out --moved, or capture both with the same --tokens"
         )
     else:
-        show.show("compare", found.moved, _moved(found.moved))
+        show.show("compare", found.moved, _moved(found.moved), about=about)
 
 
 def _notes(found: Comparison) -> list[str]:
@@ -66,17 +69,12 @@ def _notes(found: Comparison) -> list[str]:
     notes = [f"{found.names[0]} is first, {found.names[1]} second", *found.says]
     if found.loss is not None:
         loss = {name: human(value) for name, value in found.loss.items()}
-        notes.append(
-            f"loss {loss['first']} and {loss['second']} nats per token: {loss['difference']} "
-            f"({loss['low']} to {loss['high']})"
-        )
+        known = f" ({loss['low']} to {loss['high']})" if found.loss["low"] <= found.loss["high"] else ""
+        notes.append(f"loss {loss['first']} and {loss['second']} nats per token: {loss['difference']}{known}")
     if found.similarity is not None:
         cka = found.similarity.cka
         notes.append(f"states of the layers are alike to CKA {cka.min():.2f} (least) and {cka[-1]:.2f} (the last)")
-    notes.append(
-        f"{found.measure}: for {clear} of {count} sublayers the interval leaves out 0; intervals are over "
-        f"{found.unit}s of this text and say nothing of another training"
-    )
+    notes.append(f"{found.measure}: for {clear} of {count} sublayers the interval leaves out 0; {found.certainty}")
     return notes
 
 

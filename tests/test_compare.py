@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,7 @@ def test_means_differences_and_intervals_equal_plain_loops(made: Callable[..., P
         drawn.append(draws)
     low, high = np.nanquantile(drawn[1] - drawn[0], [0.025, 0.975])
     row = found.at(label, "relative_write")
-    assert found.unit == "window"
+    assert found.over == "windows"
     assert row["first"] == pytest.approx(means[0], rel=1e-5)
     assert row["second"] == pytest.approx(means[1], rel=1e-5)
     assert row["difference"] == pytest.approx(means[1] - means[0], rel=1e-4, abs=1e-6)
@@ -169,8 +171,8 @@ class TestPairing:
     def test_the_same_text_in_other_windows_is_not_the_same_tokens(self, made: Callable[..., Path]) -> None:
         short, long = (made("pre_norm", text=MIXED, window=n) for n in (16, 32))
         found = compared(short, long)
-        assert (found.paired, found.unit, found.similarity, found.moved) == (False, "document", None, None)
-        assert compared(short, short).unit == "document"
+        assert (found.paired, found.over, found.similarity, found.moved) == (False, "documents", None, None)
+        assert compared(short, short).over == "documents"
 
     def test_other_texts_are_drawn_apart(self, made: Callable[..., Path]) -> None:
         paths = made("pre_norm"), made("pre_norm", text=["something else entirely, " * 60], window=32)
@@ -185,7 +187,7 @@ class TestPairing:
         ends = np.nanquantile(drawn[1] - drawn[0], [0.025, 0.975])
         assert not found.paired
         assert (row["low"], row["high"]) == pytest.approx(tuple(ends), rel=1e-4, abs=1e-6)
-        assert "different texts" in found.says[1]
+        assert "did not see the same tokens" in found.says[1]
 
     def test_pairing_narrows_the_interval(self, made: Callable[..., Path]) -> None:
         found = compared(made("pre_norm"), made("post_norm"))
@@ -234,6 +236,83 @@ def test_an_interval_without_zero_is_counted_on_either_side(made: Callable[..., 
     assert found.clear() == (sum(signs[0]) + sum(signs[1]), 16)
 
 
+class TestLikeness:
+    """States as wholes."""
+
+    def test_no_token_at_position_0_is_among_those_compared(self, made: Callable[..., Path]) -> None:
+        paths = made("pre_norm"), made("post_norm")
+        found = compared(*paths, sample=1016).similarity  # 8 windows of 127 later positions: all of them
+        assert found is not None
+        captures = [sl.open(path) for path in paths]
+        later = captures[0].tokens.position > 0
+        for (i, j), cka in zip(found.states, found.cka, strict=True):
+            tables = [c.state(k)[later].double() for c, k in zip(captures, (i, j), strict=True)]
+            grams = [plain_u_centred(table @ table.T) for table in tables]
+            products = [float((a * b).sum()) for a, b in ((grams[0], grams[1]), (grams[0],) * 2, (grams[1],) * 2)]
+            assert cka == pytest.approx(products[0] / (products[1] * products[2]) ** 0.5, abs=1e-5)
+
+    def test_states_of_another_depth_stand_at_the_same_depth(self, tmp_path: Path) -> None:
+        for layers in (2, 4):
+            layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+            module = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval()
+            wrapped = torch.nn.Sequential(torch.nn.Embedding(11, 8), module).eval()
+            ids = torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(0))
+            sl.capture(wrapped, tokens=ids, window=None, out=tmp_path / f"{layers}.h5", progress=False)
+        for first, second, states in (
+            (2, 4, ((0, 0), (2, 4), (4, 8))),
+            (4, 2, ((0, 0), (2, 0), (4, 2), (6, 2), (8, 4))),
+        ):
+            found = compared(tmp_path / f"{first}.h5", tmp_path / f"{second}.h5").similarity
+            assert found is not None
+            assert found.states == states
+
+
+def plain_u_centred(gram: torch.Tensor) -> torch.Tensor:
+    """Song et al. 2012, equation by equation."""
+    n = len(gram)
+    gram = gram.clone()
+    gram.fill_diagonal_(0)
+    rows, total = gram.sum(0) / (n - 2), gram.sum() / ((n - 1) * (n - 2))
+    return (gram - rows[:, None] - rows[None] + total).fill_diagonal_(0)
+
+
+def test_small_differences_in_float64_are_seen(tmp_path: Path) -> None:
+    found = case("user_post_norm", torch.float64)
+    module = copy.deepcopy(found.module)
+    for name, factor in (("base", 1.0), ("moved", 1 + 1e-9)):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(factor)
+        sl.capture(module, inputs=found.inputs, out=tmp_path / f"{name}.h5", progress=False)
+    moved = compared(tmp_path / "base.h5", tmp_path / "moved.h5").moved
+    assert moved is not None
+    assert moved.mean[0, 0] == pytest.approx(1e-9, rel=1e-3)
+
+
+def test_other_inputs_of_the_encoder_are_other_tokens(tmp_path: Path) -> None:
+    found = case("t5")
+    inputs: dict[str, Any] = dict(found.inputs)
+    other = {**inputs, "input_ids": inputs["input_ids"].flip(1)}
+    for name, given in (("base", inputs), ("same", inputs), ("other", other)):
+        sl.capture(
+            found.module, inputs=given, out=tmp_path / f"{name}.h5", streams=["decoder"], window=None, progress=False
+        )
+    assert compared(tmp_path / "base.h5", tmp_path / "same.h5").paired
+    assert not compared(tmp_path / "base.h5", tmp_path / "other.h5").paired
+
+
+def test_units_of_both_sides_are_named(made: Callable[..., Path]) -> None:
+    found = compared(made("pre_norm"), made("pre_norm", text=MIXED, window=16))
+    assert found.over == "windows of the first and documents of the second"
+
+
+def test_one_window_has_no_interval(made: Callable[..., Path]) -> None:
+    found = compared(made("pre_norm", max_tokens=128), made("post_norm", max_tokens=128))
+    assert found.certainty.startswith("no intervals")
+    assert found.loss is not None
+    assert np.isnan(found.loss["low"])
+
+
 class TestRefusals:
     """What cannot be compared is told."""
 
@@ -246,6 +325,18 @@ class TestRefusals:
             compared(made("pre_norm"), made("rope"), measure="size")
         with pytest.raises(UsageError, match=r"no row 'layer\.99'"):
             compared(made("pre_norm"), made("rope")).at("layer.99", "cosine")
+
+    def test_a_capture_under_way(self, made: Callable[..., Path], tmp_path: Path) -> None:
+        under_way = tmp_path / "x.h5.partial"
+        shutil.copy(made("pre_norm", batch_tokens=256), under_way)
+        with h5py.File(under_way, "r+") as file:
+            file["/proof/done"][1] = 0
+        with pytest.raises(MissingDataError, match="under way"):
+            compared(made("rope"), sl.open(under_way, allow_partial=True))
+
+    def test_position_0_alone(self, made: Callable[..., Path]) -> None:
+        with pytest.raises(MissingDataError, match="position 0 alone"):
+            compared(made("pre_norm", positions=[0]), made("rope", positions=[0]))
 
     def test_a_narrowed_capture(self, made: Callable[..., Path]) -> None:
         with pytest.raises(MissingDataError, match="narrowed"):
@@ -264,7 +355,9 @@ class TestCommand:
         assert "both saw the same tokens" in result.stderr
         assert figure.stat().st_size > 5000
         told = json.loads(CliRunner().invoke(main, ["compare", *paths, "--json"]).stdout)
-        assert told["rows"] == json.loads(json.dumps(compared(*map(Path, paths)).rows()))
+        found = compared(*map(Path, paths))
+        assert told["rows"] == json.loads(json.dumps(found.rows()))
+        assert (told["about"]["loss"], told["about"]["paired"]) == (found.loss, True)
 
     def test_moved(self, made: Callable[..., Path]) -> None:
         paths = str(made("pre_norm")), str(made("post_norm"))

@@ -19,7 +19,7 @@ from streamlens.analyses.frozen import stream_norms
 from streamlens.analyses.heads import projections
 from streamlens.analyses.norms.accumulate import ContributionNorms
 from streamlens.analyses.norms.answer import NormsResult
-from streamlens.analyses.norms.measures import MEASURES, OVERLAPPING
+from streamlens.analyses.norms.measures import MEASURES, OVERLAPPING, pair
 from streamlens.analyses.source import Source, source_of
 from streamlens.analyses.transport import pulled_back
 from streamlens.analyses.unembedding import Unembedding
@@ -325,3 +325,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = CliRunner().invoke(main, ["norms"])
     said = " ".join(run.stderr.split())
     assert (run.exit_code, "no capture is here: run `streamlens capture MODEL` first" in said) == (2, True)
+
+
+def test_beside_a_state_of_zeros_nothing_has_a_size() -> None:
+    """The embedding of a padding token is zero, and what is divided by it has to be left out, not to be huge."""
+    zero, one = torch.zeros(1), torch.ones(1)
+    found = pair(zero, one, zero)
+    relative = ("relative_write", "cosine", "growth", "block_influence")
+    assert all(bool(found[name].isnan()) for name in relative)
+    assert (float(found["write_norm"]), float(found["read_norm"])) == (1.0, 0.0)
+    assert not any(bool(found.isnan().any()) for found in pair(one, zero, zero).values())

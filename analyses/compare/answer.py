@@ -42,8 +42,8 @@ class Similarity(Result):
     labels: tuple[tuple[str, str], ...]
     """(layer + 1,) their names."""
     cka: Floats
-    """(layer + 1,) debiased linear CKA over the sampled tokens: 1 for equal up to rotation, shift and scale; around 0
-    for unrelated."""
+    """(layer + 1,) debiased linear CKA over the sampled tokens, none at position 0: 1 for equal up to rotation, shift and
+    scale; around 0 for unrelated."""
     tokens: int
     """Sampled."""
 
@@ -131,8 +131,8 @@ class Comparison(Result):
     """Whether both saw the same tokens, so that each is compared with itself."""
     says: tuple[str, ...]
     """How rows were aligned and tokens paired, in words."""
-    unit: Unit
-    """What intervals are over."""
+    over: str
+    """What intervals are over: documents, or windows where these are few."""
     pairs: tuple[tuple[Contribution, Contribution], ...]
     """(row,) what stands side by side."""
     measures: Differences
@@ -175,6 +175,13 @@ class Comparison(Result):
                 found.append({"measure": measure, **names, **row})
         return found
 
+    @property
+    def certainty(self) -> str:
+        """What is to be said of the intervals."""
+        if np.isnan(self.measures.low).all():
+            return "no intervals: there is one document or window only"
+        return f"95 % intervals over {self.over} of this text; they say nothing of another training"
+
     def clear(self) -> tuple[int, int]:
         """Return for how many sublayers the interval of `measure` leaves out 0, and of how many."""
         rows = [row for own in self._of_sublayers().values() for row in own]
@@ -193,7 +200,7 @@ class Comparison(Result):
             ax.axhline(0, color="black", linewidth=0.6)
             spread_out(ax, [row["difference"] for own in rows.values() for row in own])
             integer_ticks(ax)
-            y = f"Difference of {WORDS[self.measure]}\n(95 % interval over {self.unit}s)"
+            y = f"Difference of {WORDS[self.measure]}\n(95 % interval over {self.over})"
             return finish(ax, x=f"Layer of {self.names[0]}", y=y, title=self.title)
 
     def plot_both(self, ax: Axes | None = None) -> Axes:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from streamlens.analyses.compare.aligning import align, beside
+from streamlens.analyses.compare.aligning import align
 from streamlens.analyses.compare.answer import Comparison, MovedResult, Similarity, column_of
 from streamlens.analyses.compare.folding import Moved, Side, StateSample, differences, same_tokens, together
 from streamlens.analyses.position.geometry import debiased_cka
 from streamlens.analyses.sampling import spread
 from streamlens.analyses.source import CaptureSource, Origin, source_of, watched
+from streamlens.analyses.statistics import Unit
 from streamlens.anatomy import Stream
-from streamlens.errors import UsageError
+from streamlens.errors import MissingDataError, UsageError
 from streamlens.progress import Progress
 
 _SAME, _OTHER = (
     "both saw the same tokens: differences are paired",
-    "they saw different texts: a difference is one of model and text together, and its interval unpaired",
+    "they did not see the same tokens: a difference is one of model and tokens together, and its interval unpaired",
 )
 
 
@@ -39,7 +41,7 @@ def compare(
         second: another one; differences are second less first.
         measure: which one is drawn; all are in the table.
         stream: which stream of both; by default the one that the head reads.
-        sample: tokens, spread over the text, on which states are compared as wholes (CKA).
+        sample: tokens, spread over the text, on which states are compared as wholes (CKA); none at position 0.
         progress: show a progress bar.
 
     Returns:
@@ -48,7 +50,7 @@ def compare(
         layers are and, where they have the same shape, how far each state and each write has moved.
 
     Raises:
-        MissingDataError: a narrowed capture, which lacks some of the writes.
+        MissingDataError: a narrowed capture, which lacks some of the writes; one under way; one of position 0 alone.
         UsageError: something else than a capture; no such measure.
 
     Example:
@@ -69,7 +71,11 @@ def compare(
     sides = Side(sources[0], seed=0), Side(sources[1], seed=int(not paired))
     names = _names(*(source.capture.path for source in sources))
     layers = _layers_side_by_side(*streams)
-    chosen = spread(sources[0].n_tokens, sample)
+    # One state at position 0 can be as large as all others together.
+    later = np.flatnonzero(sources[0].capture.tokens.position.numpy() > 0)
+    if not len(later):
+        raise MissingDataError(f"{sources[0].capture.path} has position 0 alone, which is left out of every mean")
+    chosen = later[spread(len(later), sample)]
     samples = [
         StateSample(states, own.d_model, chosen) for states, own in zip(zip(*layers, strict=True), streams, strict=True)
     ]
@@ -87,19 +93,21 @@ def compare(
         measure=measure,
         paired=paired,
         says=(f"sublayers are {alignment.says}", _SAME if paired else _OTHER),
-        unit=sides[0].sums.unit,
+        over=_units(*(side.sums.unit for side in sides)),
         pairs=tuple((rows[0][i], rows[1][j]) for i, j in alignment.pairs),
         measures=differences(sides[0].sums, sides[1].sums, alignment.pairs),
-        loss=_losses(*sides),
+        loss=_losses(*sides, sources),
         similarity=_similarity(samples, streams, layers, names) if paired else None,
         moved=_moved(sources, names, progress) if comparable else None,
     )
 
 
 def _capture_of(origin: Origin, stream: str | None) -> CaptureSource:
-    source = origin if isinstance(origin, CaptureSource) else source_of(origin, stream=stream)
+    source = source_of(origin, stream=stream)
     if not isinstance(source, CaptureSource):
         raise UsageError("only captures are compared: run `streamlens capture` on each model first")
+    if not source.capture.complete:
+        raise MissingDataError(f"{source.capture.path} is under way: type its command again to finish it")
     return source
 
 
@@ -121,12 +129,18 @@ def _shape(stream: Stream) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
 def _layers_side_by_side(first: Stream, second: Stream) -> list[tuple[int, int]]:
     """The states before each layer and after the last, of the first stream and at the same depth of the second."""
     ends = first.layer_states, second.layer_states
-    other = [beside(layer, (first.layers, second.layers)) for layer in range(first.layers)]
-    return [*zip(ends[0], (ends[1][layer] for layer in other), strict=False), (ends[0][-1], ends[1][-1])]
+    return [(ends[0][layer], ends[1][layer * second.layers // first.layers]) for layer in range(first.layers + 1)]
 
 
-def _losses(first: Side, second: Side) -> dict[str, float] | None:
-    return differences(first.loss, second.loss).at() if first.tells_loss and second.tells_loss else None
+def _losses(first: Side, second: Side, sources: tuple[CaptureSource, CaptureSource]) -> dict[str, float] | None:
+    """Nats per token, where a token is the same thing to both."""
+    tokenizers = {str(source.capture.attrs.get("tokenizer_sha256", "")) for source in sources}
+    comparable = first.tells_loss and second.tells_loss and len(tokenizers) == 1
+    return differences(first.loss, second.loss).at() if comparable else None
+
+
+def _units(first: Unit, second: Unit) -> str:
+    return f"{first}s" if first == second else f"{first}s of the first and {second}s of the second"
 
 
 def _similarity(

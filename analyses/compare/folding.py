@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from streamlens.analyses.sampling import Ints, some_rows
 from streamlens.analyses.source import CaptureSource
 from streamlens.analyses.statistics import DocumentSums, Floats, ends_of
 from streamlens.block import Block
+from streamlens.replay import widest
 
 COMPARED = tuple(measure for measure in MEASURES if measure != "logit_attribution")
 """The measures that a file alone gives."""
@@ -40,11 +42,17 @@ class Differences:
 
 
 def same_tokens(first: CaptureSource, second: CaptureSource) -> bool:
-    """Tell whether two captures saw the same tokens at the same positions of the same documents."""
-    one, two = first.capture.tokens, second.capture.tokens
+    """Tell whether two captures saw the same tokens at the same positions of the same documents, and nothing else."""
+    captures = first.capture, second.capture
+    one, two = (capture.tokens for capture in captures)
     same = all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("id", "doc", "position"))
     # A model that takes no tokens has none to compare: -1 everywhere says nothing.
-    return same and bool((one.id >= 0).all())
+    if not same or not bool((one.id >= 0).all()):
+        return False
+    if all(len(c.anatomy.streams) == 1 and not json.loads(str(c.attrs.get("further_inputs", "[]"))) for c in captures):
+        return True
+    # The tokens in the file are those of one stream: what else went in is known by its hash alone.
+    return len({str(capture.attrs["text_sha256"]) for capture in captures}) == 1
 
 
 def differences(
@@ -107,10 +115,12 @@ class Moved:
         table = torch.empty(self._count, 2, first.stop - first.start, dtype=torch.float64)
         for index in range(self._count):
             s = index - self._states
-            u, v = ((block.states[index] if s < 0 else block.writes[s]).float() for block in (first, second))
+            pair = [block.states[index] if s < 0 else block.writes[s] for block in (first, second)]
+            wide = widest([torch.float32, *(vectors.dtype for vectors in pair)])
+            u, v = (vectors.to(wide) for vectors in pair)
             uu, vv, uv = (torch.linalg.vecdot(a, b).double() for a, b in ((u, u), (v, v), (u, v)))
-            away = torch.linalg.vecdot(v - u, v - u).double()
-            table[index, 0] = (away / uu).sqrt()
+            away = v - u
+            table[index, 0] = (torch.linalg.vecdot(away, away).double() / uu).sqrt()
             table[index, 1] = uv / (uu * vv).sqrt()
         table[~table.isfinite()] = torch.nan  # a vector of zeros has neither
         self.sums.add(torch.where(first.position > 0, table, torch.nan), first.doc, first.window)

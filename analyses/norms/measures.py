@@ -47,6 +47,8 @@ class Contribution:
 def pair(read: Tensor, write: Tensor, product: Tensor, after: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
     """Return what follows from |x|^2, |w|^2 and <x, w>, each (token,); exact identities, in float64.
 
+    What is relative to x is NaN where x is zero.
+
     Args:
         read: |x|^2.
         write: |w|^2.
@@ -63,14 +65,15 @@ def pair(read: Tensor, write: Tensor, product: Tensor, after: tuple[Tensor, Tens
     summed = yy.clamp_min(0)
     cosine = xw / (xx * ww).sqrt().clamp_min(1e-30)
     kept = xy / (xx * summed).sqrt().clamp_min(1e-30)
-    return {
+    relative = {
         "relative_write": (ww / xx).sqrt(),
         "cosine": cosine.clamp(-1, 1),
         "growth": summed / xx,
         "block_influence": 1 - kept.clamp(-1, 1),
-        "write_norm": ww.sqrt(),
-        "read_norm": xx.sqrt(),
     }
+    # Beside a state of zeros, that of a padding token say, nothing has a size or a direction.
+    found = {name: torch.where(read > 0, values, torch.nan) for name, values in relative.items()}
+    return found | {"write_norm": ww.sqrt(), "read_norm": read.double().sqrt()}
 
 
 def proximities(whole: Tensor, without: Sequence[Tensor]) -> list[Tensor]:
