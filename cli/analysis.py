@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -141,8 +142,13 @@ class ShowOptions:
 
 
 def captures(folder: Path) -> list[Path]:
-    """Return the captures in a folder, the newest first; other HDF5 files are none."""
-    return sorted(filter(_is_capture, folder.glob("*.h5")), key=lambda path: path.stat().st_mtime, reverse=True)
+    """Return the captures in a folder, the newest first; other files, and those that may not be read, are none."""
+    made: dict[Path, float] = {}
+    for path in folder.glob("*.h5"):
+        with suppress(OSError):  # it may be gone again by now
+            if _is_capture(path):
+                made[path] = path.stat().st_mtime
+    return sorted(made, key=lambda path: made[path], reverse=True)
 
 
 def _is_capture(path: Path) -> bool:

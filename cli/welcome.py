@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def welcome() -> None:
         click.echo(line)
     partial = sorted(here.glob("*.h5.partial"))
     for path in partial:
-        click.echo(wrapped(f"\nnot finished: {path}; the command that began it, typed again, goes on"))
+        click.echo(wrapped(f"\nnot finished: {human(path)}; the command that began it, typed again, goes on"))
     click.echo("\nstreamlens --help lists all commands; streamlens norms --help explains one.")
 
 
@@ -43,22 +45,24 @@ def _with_capture(found: list[Path]) -> Iterator[str]:
     newest, *others = found
     status = newest.stat()
     more = f"; {counted(len(others), 'older capture')} here" if others else ""
-    yield f"{newest.name}: {human_bytes(status.st_size)}, made {ago(time.time() - status.st_mtime)}{more}"
+    yield f"{human(newest.name)}: {human_bytes(status.st_size)}, made {ago(time.time() - status.st_mtime)}{more}"
     yield wrapped(f"  {described(newest)}", "  ")
     yield "\nAsk it (the newest capture here is taken where none is named):"
     width = max(map(len, QUESTIONS))
     for name, question in QUESTIONS.items():
         yield f"  streamlens {name:<{width}}  {question}"
     yield "\nWhat it is made of, and whether it is sound:"
-    yield f"  streamlens inspect {newest.name}"
-    yield f"  streamlens verify {newest.name}"
+    yield f"  streamlens inspect {typed(newest)}"
+    yield f"  streamlens verify {typed(newest)}"
 
 
 def _without_capture(here: Path) -> Iterator[str]:
-    models = sorted(path for path in here.iterdir() if path.suffix in MODELS and path.is_file())
+    models: list[Path] = []
+    with suppress(OSError):  # a folder that may not be listed
+        models = sorted(path for path in here.iterdir() if path.suffix in MODELS and path.is_file())
     yield "There is no capture in this folder. To make one:"
     if models:
-        yield f"  streamlens capture {models[0]}"
+        yield f"  streamlens capture {typed(models[0])}"
     else:
         yield "  streamlens capture model.pt   # or .gguf, .safetensors, a Hugging Face folder"
         yield "\nNo model at hand? This makes a tiny one, with random weights, to try it on:"
@@ -83,8 +87,17 @@ def described(path: Path) -> str:
         ]
         model = Path(str(attributes["model_source"])).name
         return f"{model} on {counted(tokens, 'token')}: {'; '.join(sizes)}, {human(attributes['dtype'])}"
-    except (OSError, KeyError, ValueError) as error:
-        return f"cannot be read ({error}): `streamlens verify {path.name}` says more"
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        return f"cannot be read ({human(error)}): `streamlens verify {typed(path)}` says more"
+
+
+def typed(path: Path) -> str:
+    """Return a file name as one types it: quoted where the shell needs it, and with nothing that a terminal obeys.
+
+    >>> typed(Path("my model.pt"))
+    "'my model.pt'"
+    """
+    return human(shlex.quote(path.name))
 
 
 def ago(seconds: float) -> str:

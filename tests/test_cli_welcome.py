@@ -190,6 +190,33 @@ def test_the_script_of_each_shell(run: Run, shell: str, monkeypatch: pytest.Monk
     assert run("completion").stdout == named.stdout
 
 
+@pytest.mark.parametrize("damage", ["anatomy", "tokens"])
+def test_a_damaged_capture_is_told_and_no_traceback(run: Run, tmp_path: Path, damage: str) -> None:
+    capture(run, "new.h5")
+    with h5py.File(tmp_path / "new.h5", "r+") as file:
+        if damage == "anatomy":
+            file.attrs["anatomy"] = '{"streams": ["a"]}'
+        else:
+            del file["tokens/id"]
+            file.create_group("tokens/id")
+    shown = run()
+    assert shown.exit_code == 0
+    assert "cannot be read" in shown.stdout
+
+
+def test_names_of_files_are_quoted_and_command_no_terminal(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "my evil\x1b[31mred.pt").touch()
+    shown = run().stdout
+    assert "\x1b" not in shown
+    assert "  streamlens capture 'my evil\\x1b[31mred.pt'\n" in shown
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read_is_passed_over(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "locked.h5").touch(mode=0o000)
+    assert "There is no capture in this folder" in run().stdout
+
+
 def test_an_unknown_shell_is_a_usage_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHELL", "/bin/tcsh")
     done = run("completion")
