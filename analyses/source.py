@@ -223,7 +223,7 @@ def source_of(
     origin: Origin,
     *,
     stream: str | None = None,
-    model: Model | Callable[[Capture], Model] | None = None,
+    model: Model | nn.Module | Callable[[Capture], Model] | None = None,
     heads: bool = False,
     **corpus: Unpack[Corpus],
 ) -> Source:
@@ -232,7 +232,7 @@ def source_of(
     Args:
         origin: a capture (or the path of one), a model, module or model file, or a source, which is returned as it is.
         stream: which stream; by default the one that the head reads.
-        model: for a capture: its model, where it is loaded already, or what finds it.
+        model: for a capture: its model or module, where it is at hand, or what finds it.
         heads: for a live model: also look at the value mixes.
         **corpus: for a live model: what it is shown, as in `streamlens.capture`.
 
@@ -246,8 +246,11 @@ def source_of(
         if given:
             raise UsageError(f"{origin.path} has its own tokens; {', '.join(given)} can only be given with a model")
         origin.stream(stream)
-        find = partial(made_sure, model) if isinstance(model, Model) else model or find_model
-        return CaptureSource(origin, stream, find)
+        if isinstance(model, Model | nn.Module):  # a module can be called, too, but finds nothing
+            return CaptureSource(origin, stream, partial(made_sure, load(model)))
+        if isinstance(model, (str, os.PathLike)):
+            raise UsageError(f'model= is a loaded model or a module: load("{model}") makes one of a path')
+        return CaptureSource(origin, stream, find_model if model is None else model)
     if isinstance(origin, (str, os.PathLike, Model, nn.Module)):
         if model is not None:
             raise UsageError("model= is the model of a capture, and this is a model already: leave it out")

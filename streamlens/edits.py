@@ -16,6 +16,7 @@ from streamlens.errors import UsageError
 from streamlens.interception import Interception, Reaction
 from streamlens.observation import StopForward, tokens
 from streamlens.passing import passing_over
+from streamlens.rest import refuse_dropout
 
 Change = Callable[[Tensor], Tensor]
 """From the tensor at a point, (doc, position, d_model) in the model's own layout, to what takes its place."""
@@ -48,7 +49,8 @@ def edit(
 
     Raises:
         MissingDataError: no such sublayer, state or stream; the message lists near names.
-        UsageError: one named twice, x_0 where it is the model's own input, or `model` is no module.
+        UsageError: one named twice, x_0 where it is the model's own input, or `model` is no module, or one in train
+            mode with a dropout above 0.
         AnatomyError: in a pass: something to change was not met.
 
     Example:
@@ -73,7 +75,9 @@ def edit(
         if made is None:
             raise UsageError(f"state {index} of stream {found.name!r} is the model's own input: change it there")
         reactions[made] = change
-    return Interception(module_of(model), anatomy, reactions)
+    module = module_of(model)
+    refuse_dropout(module)
+    return Interception(module, anatomy, reactions)
 
 
 def run_from(
@@ -102,10 +106,11 @@ def run_from(
 
     Raises:
         MissingDataError: no such state or stream; the message lists near names.
-        UsageError: `model` is no module.
+        UsageError: `model` is no module, or one in train mode with a dropout above 0.
         AnatomyError: with these inputs the model does not come to the state.
     """
     module, found = module_of(model), anatomy.stream(stream)
+    refuse_dropout(module)
     index = found.find_state(start)
     prepared = without_cache(module, check_inputs(inputs))
     # In memory as the model itself lays it out: a product over a strided tensor can round differently.
@@ -149,7 +154,7 @@ def run_between(
 
     Raises:
         MissingDataError: no such state or stream; the message lists near names.
-        UsageError: `stop` comes before `start`, or `model` is no module.
+        UsageError: `stop` comes before `start`, or `model` is no module, or one in train mode with a dropout above 0.
         AnatomyError: with these inputs the model does not come to the states.
 
     Example:

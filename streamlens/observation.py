@@ -15,6 +15,7 @@ from streamlens.anatomy import Anatomy, Point, Stream, Sublayer
 from streamlens.checkpoint.model import Model, module_of
 from streamlens.errors import MissingDataError
 from streamlens.interception import Interception, Reaction
+from streamlens.rest import refuse_dropout
 from streamlens.wording import counted
 
 
@@ -273,7 +274,7 @@ def observe(model: Model | nn.Module, anatomy: Anatomy, *, mixes: bool = False) 
         mixes: whether to keep the value mixes of attention, too.
 
     Raises:
-        UsageError: `model` is no module.
+        UsageError: `model` is no module, or one in train mode with a dropout above 0.
         AnatomyError: in a pass: something to look at was not met, as when these inputs take another way through the
             model than those it was discovered on.
 
@@ -288,6 +289,7 @@ def observe(model: Model | nn.Module, anatomy: Anatomy, *, mixes: bool = False) 
         >>> torch.equal(seen.read("0_mlp_out") + seen.write("0_mlp_out"), seen.state("resid_post.0"))
         True
     """
-    keeper = Keeper(anatomy)
-    with observing(module_of(model), anatomy, keeper, mixes=mixes):
+    keeper, module = Keeper(anatomy), module_of(model)
+    refuse_dropout(module)
+    with observing(module, anatomy, keeper, mixes=mixes):
         yield keeper.seen

@@ -19,6 +19,7 @@ from streamlens.analyses.source import Origin
 from streamlens.analyses.statistics import Floats
 from streamlens.anatomy import Stream
 from streamlens.errors import UsageError
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,6 +88,7 @@ class BlocksResult(Result):
         return draw_blocks(self, ax)
 
 
+@resting
 def ablate_blocks(
     origin: Origin,
     lengths: Sequence[int] | None = None,

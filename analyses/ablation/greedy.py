@@ -18,6 +18,7 @@ from streamlens.analyses.ablation.trials import explained
 from streamlens.analyses.result import Result
 from streamlens.analyses.source import Origin, watched
 from streamlens.errors import UsageError
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,6 +54,7 @@ class GreedyResult(Result):
         return draw_greedy(self, ax)
 
 
+@resting
 def drop_greedily(
     origin: Origin,
     count: int | None = None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
+from torch import nn
+
 from streamlens.analyses.ablation.runs import Ordered
 from streamlens.analyses.ablation.scores import Scores
 from streamlens.analyses.ablation.study import Study
@@ -13,6 +15,7 @@ from streamlens.analyses.result import Result
 from streamlens.analyses.source import Corpus, Origin
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,11 +44,12 @@ class SwapResult(Result):
         return draw_swaps(self, ax)
 
 
+@resting
 def swap_neighbours(
     origin: Origin,
     *,
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     progress: bool = True,
     **corpus: Unpack[Corpus],
 ) -> SwapResult:

@@ -17,6 +17,7 @@ from streamlens.analyses.result import Result
 from streamlens.analyses.source import Origin
 from streamlens.analyses.statistics import Floats
 from streamlens.anatomy import Stream
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,6 +93,7 @@ class PairsResult(Result):
         return draw_pairs(self, ax)
 
 
+@resting
 def ablate_pairs(
     origin: Origin,
     mode: Mode = "skip",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamlens.analyses.ablation.runs import Runs, Setting, running
 from streamlens.analyses.ablation.scores import Scores, Tally
@@ -36,6 +36,7 @@ from streamlens.block import Block
 from streamlens.checkpoint.model import Model
 from streamlens.observation import observe, tokens
 from streamlens.proof import norm_statistics
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,12 +230,13 @@ def _until(stream: Stream, unit: Drop, stop: int) -> Drop:
     return replace(unit, sublayers=tuple(s for s in unit.sublayers if s in earlier))
 
 
+@resting
 def effects(
     origin: Origin,
     *,
     units: str = "sublayers",
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     progress: bool = True,
     **corpus: Unpack[Corpus],
 ) -> EffectsResult:

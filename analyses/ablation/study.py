@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Unpack
 
+from torch import nn
+
 from streamlens.analyses.ablation.runs import Setting, Trial
 from streamlens.analyses.ablation.scores import Scores
 from streamlens.analyses.ablation.spans import MODES, Drop, Mode, in_modes
@@ -25,7 +27,7 @@ class Options(Corpus, total=False):
     """Of the pairing of windows in mode resample, and of random orders. [0]"""
     stream: str | None
     """Which stream; by default the one that the head reads."""
-    model: Model | None
+    model: Model | nn.Module | None
     """For a capture: its model, where it is loaded already."""
     progress: bool
     """Show a progress bar. [True]"""
@@ -50,7 +52,7 @@ class Study:
         protect_first: bool = False,
         draw_seed: int = 0,
         stream: str | None = None,
-        model: Model | None = None,
+        model: Model | nn.Module | None = None,
         progress: bool = True,
         **corpus: Unpack[Corpus],
     ) -> Study:

@@ -16,6 +16,7 @@ from streamlens.analyses.ablation.study import Options, Study, check_units
 from streamlens.analyses.result import Result
 from streamlens.analyses.source import Origin
 from streamlens.analyses.statistics import Floats
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,6 +112,7 @@ def _missing(label: str, drops: Sequence[Drop]) -> dict[str, Any]:
     raise KeyError(f"nothing called {label!r} was dropped; there are {', '.join(d.label for d in drops)}")
 
 
+@resting
 def ablate(
     origin: Origin,
     drop: Sequence[str | int] | str | int | None = None,

@@ -6,7 +6,7 @@ from typing import Unpack
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamlens.analyses.gradient.answer import Flow, GradientResult
 from streamlens.analyses.gradient.graph import Graph
@@ -14,6 +14,7 @@ from streamlens.analyses.gradient.sequences import Sequences, Table, run_through
 from streamlens.analyses.source import Corpus, Origin, source_of
 from streamlens.analyses.statistics import Floats
 from streamlens.checkpoint.model import Model
+from streamlens.rest import resting
 
 SEQUENCES = 32
 """How many sequences are differentiated unless more are asked for: 8,192 tokens in windows of 256."""
@@ -84,11 +85,12 @@ class GradientFlow(Sequences):
         )
 
 
+@resting
 def gradient_flow(
     origin: Origin,
     *,
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     sequences: int | None = SEQUENCES,
     at_once: int = AT_ONCE,
     progress: bool = True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from streamlens.analyses.gradient.answer import whiskers
@@ -19,6 +19,7 @@ from streamlens.analyses.source import Corpus, Origin, source_of
 from streamlens.analyses.statistics import Floats, Unit
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -234,12 +235,13 @@ class SpectrumResult(Result):
         return finish(ax, x="branches on the path", y="share of the energy")
 
 
+@resting
 def path_spectrum(
     origin: Origin,
     max_length: int = 12,
     *,
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     sequences: int | None = SEQUENCES,
     at_once: int = AT_ONCE,
     progress: bool = True,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from streamlens.analyses.lens.affine import AffineMatch
 from streamlens.analyses.lens.grid import LensGrid
@@ -27,6 +28,7 @@ from streamlens.analyses.statistics import Unit
 from streamlens.calling import eager_math
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,11 +184,12 @@ class _Asked(LensChoice, Corpus, total=False):
     """Both."""
 
 
+@resting
 def logit_lens(
     origin: Origin,
     *,
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     progress: bool = True,
     **asked: Unpack[_Asked],
 ) -> LensResult:

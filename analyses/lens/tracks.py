@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamlens.analyses.figures import PALETTE, axes, finish
 from streamlens.analyses.lens.grid import TokenTable, shown, some_tokens, texts
@@ -26,6 +26,7 @@ from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,11 +114,12 @@ class TokenTracks(TokenTable):
         return there.index(position)
 
 
+@resting
 def token_tracks(
     origin: Origin,
     *,
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     doc: int | None = None,
     positions: Sequence[int] = range(DEFAULT_POSITIONS),
     top_k: int = 5,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamlens.analyses.lens.descent import Descent, descend
 from streamlens.analyses.lens.head import LinearHead, head_of
@@ -30,6 +30,7 @@ from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.checkpoint.model import Model
 from streamlens.errors import FormatError, MissingDataError, UsageError
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,12 +154,13 @@ def load_lens(path: str | Path) -> TunedLens:
         raise FormatError(f"{path} is not a tuned lens that streamlens saved ({type(error).__name__})") from error
 
 
+@resting
 def train_lens(
     origin: Origin,
     *,
     kind: Kind = "ridge",
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     progress: bool = True,
     ridge: float = 0.01,
     held_out: float = 0.2,

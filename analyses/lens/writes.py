@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamlens.analyses.frozen import final_norm, stream_norms
 from streamlens.analyses.lens.grid import TokenTable, some_tokens, texts
@@ -32,6 +32,7 @@ from streamlens.block import Block
 from streamlens.calling import eager_math
 from streamlens.checkpoint.model import Model
 from streamlens.errors import MissingDataError
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,11 +105,12 @@ class WriteLensResult(TokenTable):
         return plot_writes(self, ax)
 
 
+@resting
 def write_lens(
     origin: Origin,
     *,
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     doc: int | None = None,
     positions: Sequence[int] = range(10),
     **corpus: Unpack[Corpus],

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import Unpack
 
+from torch import nn
+
 from streamlens.analyses.heads import projections
 from streamlens.analyses.norms.accumulate import ContributionNorms
 from streamlens.analyses.norms.answer import NormsResult
 from streamlens.analyses.source import Corpus, Origin, source_of, watched
 from streamlens.analyses.unembedding import Unembedding
 from streamlens.checkpoint.model import Model
+from streamlens.rest import resting
 
 
+@resting
 def contribution_norms(
     origin: Origin,
     *,
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     heads: bool = False,
     logits: bool = False,
     sample: int = 512,

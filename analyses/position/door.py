@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamlens.analyses.position.answer import PositionResult
 from streamlens.analyses.position.energies import (
@@ -30,16 +30,18 @@ from streamlens.analyses.source import Corpus, Origin, source_of, watched
 from streamlens.analyses.statistics import Floats
 from streamlens.checkpoint.model import Model
 from streamlens.errors import UsageError
+from streamlens.rest import resting
 
 SPAN = 16
 """Dimensions of the subspaces that are compared."""
 
 
+@resting
 def positional_persistence(
     origin: Origin,
     *,
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     positions: int | None = None,
     include_first: bool = False,
     progress: bool = True,

@@ -21,6 +21,7 @@ from typing import Unpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from streamlens.analyses.ablation.runs import Setting
 from streamlens.analyses.ablation.scores import Scores
@@ -44,17 +45,19 @@ from streamlens.analyses.statistics import Floats
 from streamlens.anatomy import Stream
 from streamlens.checkpoint.model import Model
 from streamlens.errors import MissingDataError, UsageError
+from streamlens.rest import resting
 
 ALPHAS = (1.0, 0.9, 0.5, 0.0)
 ENERGY, MOST_DIMENSIONS = 0.99, 16
 """The position subspace holds this share of the positional energy, in so many dimensions at most."""
 
 
+@resting
 def position_lesion(
     origin: Origin,
     *,
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     skips: Sequence[str] | None = None,
     alphas: Sequence[float] = ALPHAS,
     positions: int | None = None,

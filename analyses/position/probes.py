@@ -32,6 +32,7 @@ from streamlens.anatomy import Stream
 from streamlens.checkpoint.model import Model
 from streamlens.checkpoint.sniff import is_hdf5
 from streamlens.errors import UsageError
+from streamlens.rest import resting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,11 +124,12 @@ _COLUMNS = (
 )
 
 
+@resting
 def position_probes(
     origin: Origin,
     *,
     stream: str | None = None,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     untrained: Origin | None = None,
     states: Sequence[int] | None = None,
     positions: int | None = None,

@@ -46,22 +46,23 @@ def load(
     factory: Factory | None = None,
     unsafe_pickle: bool = False,
     dtype: str | torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> Model:
     """Load a model and put it in order: eval mode, frozen parameters, a hash over config and weights.
 
+    A live module is not touched: it is in eval mode and frozen only while something runs on it.
+
     Args:
         source: what `streamlens pack` wrote, a nanoGPT `ckpt.pt`, a state dict (bare, or in the wrapper of a training
-            loop), a safetensors or GGUF file, a Hugging Face folder, or a live module. A live module stays on its
-            device and is taken as it is: put into eval mode, its parameters frozen; its attribute `tokenizer` is used
-            if it has a `Tokenizer` there. None if the factory is enough.
+            loop), a safetensors or GGUF file, a Hugging Face folder, or a live module, whose attribute `tokenizer` is
+            used if it has a `Tokenizer` there. None if the factory is enough.
         config: for weights that bring none: a Hugging Face config or nanoGPT's `model_args`, as a dict or a JSON file.
             A config.json beside the weights is found by itself.
         factory: a function that makes the module, or its name as `package.module:function`; the weights of `source`
             are then loaded into it.
         unsafe_pickle: let a file run its own code, which a pickled module needs. Never for a file from a stranger.
         dtype: cast the weights; by default they keep the dtype they are stored in (float32 for GGUF).
-        device: where the model is to be.
+        device: where the model is to be; by default the CPU.
 
     Raises:
         CheckpointError: no model in there, or config and weights disagree; the message says what to do.
@@ -70,15 +71,15 @@ def load(
 
     >>> model = load(nn.Embedding(50, 4))
     >>> model.vocab_size, model.source, len(model.sha256)
-    (50, 'torch.nn.modules.sparse.Embedding', 64)
+    (50, 'Embedding', 64)
     """
-    if isinstance(source, Model):
-        return source
-    cast_to = _dtype(dtype)
-    if isinstance(source, nn.Module):
+    if isinstance(source, Model | nn.Module):
         if config is not None or factory is not None:
             raise UsageError("a live module needs neither a config nor a factory")
-        return _live(source, cast_to, None)
+        if dtype is not None or device is not None:
+            raise UsageError("a live module is taken as it is: convert it yourself, module.to(...), before you load it")
+        return source if isinstance(source, Model) else _live(source)
+    cast_to, device = _dtype(dtype), _device(device)
     if factory is not None:
         if config is not None:
             raise UsageError("a factory makes the model by itself: give a config or a factory, not both")
@@ -98,13 +99,33 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
-def _live(module: nn.Module, dtype: torch.dtype | None, device: str | torch.device | None, source: str = "") -> Model:
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device, if there is one of that name here."""
+    try:
+        found = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=found)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # it differs between builds
+        raise UsageError(f"device {str(device)!r} is not there: choose from {', '.join(_devices())}") from error
+    return found
+
+
+def _devices() -> list[str]:
+    graphics = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["cpu", *graphics, *["mps"] * torch.backends.mps.is_available()]
+
+
+def _live(module: nn.Module) -> Model:
     inner = unwrapped(module)
-    if dtype is not None:
-        inner.to(dtype)
-    source = source or f"{type(inner).__module__}.{type(inner).__qualname__}"
-    own = getattr(inner, "tokenizer", None)
-    return wrap(inner, source, _description(inner), own if isinstance(own, Tokenizer) else None, device=device)
+    return wrap(inner, type(inner).__name__, _description(inner), _tokenizer_on(inner), ours=False)
+
+
+def _tokenizer_on(module: nn.Module) -> Tokenizer | None:
+    own = getattr(module, "tokenizer", None)
+    return own if isinstance(own, Tokenizer) else None
 
 
 def _description(module: nn.Module) -> dict[str, Any]:
@@ -172,12 +193,12 @@ def _from_factory(
     source: str | os.PathLike[str] | None,
     unsafe_pickle: bool,
     dtype: torch.dtype | None,
-    device: str | torch.device,
+    device: torch.device,
 ) -> Model:
     module = _made(factory)
     name = factory if isinstance(factory, str) else f"{factory.__module__}:{factory.__qualname__}"
     if source is None:
-        return _live(module, dtype, device, name)
+        return _built_by(module, name, _tokenizer_on(module), dtype, device)
     path = Path(source).expanduser()
     kind = sniff(path)
     if kind is FileKind.TORCH:
@@ -187,9 +208,16 @@ def _from_factory(
     else:
         state = read_safetensors(weight_files(path) if kind is FileKind.FOLDER else [path])
     assign_state(module, strip_prefixes(state, module.state_dict()), f"{path} and {name}")
-    loaded = _live(module, dtype, device, str(source))
-    loaded.tokenizer = tokenizer_in(path if kind is FileKind.FOLDER else path.parent) or loaded.tokenizer
-    return loaded
+    tokenizer = tokenizer_in(path if kind is FileKind.FOLDER else path.parent) or _tokenizer_on(module)
+    return _built_by(module, str(source), tokenizer, dtype, device)
+
+
+def _built_by(
+    module: nn.Module, source: str, tokenizer: Tokenizer | None, dtype: torch.dtype | None, device: torch.device
+) -> Model:
+    if dtype is not None:
+        module.to(dtype)
+    return wrap(module, source, _description(module), tokenizer, device=device)
 
 
 def _made(factory: Factory) -> nn.Module:

@@ -45,7 +45,11 @@ class Tokenizer(Protocol):
 
 @dataclass(eq=False)
 class Model:
-    """A module that is ready to be watched: in eval mode, its parameters frozen."""
+    """A module and what is known about it.
+
+    One that was loaded from a file is in eval mode and frozen; a caller's own is left as it is, and is both only while
+    something runs on it.
+    """
 
     module: nn.Module
     source: str
@@ -86,17 +90,22 @@ def wrap(
     config: dict[str, Any],
     tokenizer: Tokenizer | None = None,
     device: str | torch.device | None = None,
+    *,
+    ours: bool = True,
 ) -> Model:
     """Freeze a module, hash it, move it to its device and note its limits.
 
     Args:
-        module: any module; it is put into eval mode and its parameters no longer require gradients.
+        module: any module.
         source: where it came from.
         config: its hyperparameters as JSON values; part of the hash.
         tokenizer: the one that belongs to it.
         device: move there; None leaves it where it is.
+        ours: nobody else uses it, so it is put into eval mode and its parameters no longer require gradients. A
+            caller's own module is not touched.
     """
-    module.eval().requires_grad_(False)
+    if ours:
+        module.eval().requires_grad_(False)
     sha256 = fingerprint(module, config)
     if device is not None:
         module.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from streamlens.anatomy import Kind, Placement, Point
@@ -103,12 +104,12 @@ class Classifier:
     def _mixes(self, op: Op, own: set[int]) -> bool:
         name = base_name(op)
         operands = [self.graph.canonical(i) for i in op.inputs]
-        if name in _BATCHED:
-            return sum(o in own for o in operands) == 2
-        if name not in ("mm", "addmm"):
+        if name in _BATCHED and sum(o in own for o in operands) == 2:
+            return True
+        if name not in ("mm", "addmm", *_BATCHED):  # a frozen weight may be multiplied document by document
             return False
-        activation = self.graph.nodes[op.inputs[-2]]
-        rows, width = activation.shape[0], activation.shape[-1]
+        shape = self.graph.nodes[op.inputs[-2]].shape
+        rows, width = math.prod(shape[:-1]), shape[-1]
         # A weight that contracts the position axis: (docs * d_model, positions) @ (positions, ...).
         return width == self.positions != self.width and rows % self.width == 0
 

@@ -20,13 +20,15 @@ from streamlens.discovery.norms import find_norms
 from streamlens.discovery.recording import NotReplayable, record
 from streamlens.discovery.watch import Op, watch
 from streamlens.errors import AnatomyError
+from streamlens.rest import resting
 
 
+@resting
 def discover(model: Model | nn.Module, inputs: Any) -> Anatomy:
-    """Find the residual streams of a model by watching one forward pass.
+    """Find the residual streams of a model by watching one forward pass, in eval mode; the model is left as it was.
 
     Args:
-        model: any transformer, loaded or as a module, in eval mode; real, fake or meta weights.
+        model: any transformer, loaded or as a module; real, fake or meta weights.
         inputs: a small batch for its forward: a tensor, or a dict of arguments.
 
     Returns:

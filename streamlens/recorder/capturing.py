@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from streamlens.recorder.feed import (
 )
 from streamlens.recorder.pilot import Pilot, first_weight, fly, parameters_of
 from streamlens.recorder.plan import Choice, Plan
+from streamlens.rest import resting
 from streamlens.store.layout import dtype_name
 from streamlens.store.writer import CaptureWriter
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 DEFAULT_BATCH_TOKENS = 2048
 
 
+@resting
 def capture(
     source: Model | nn.Module | str | Path,
     *,
@@ -114,39 +115,21 @@ def capture(
     choice = Choice(
         compact, _ints(layers), _texts(kinds), _ints(positions), _texts(streams), heads, output, top_k
     )  # fmt: skip
-    with _left_as_it_was(source):
-        model = source if isinstance(source, Model) else load(source)
-        plan = prepare(
-            model,
-            choice,
-            text=text,
-            tokens=tokens,
-            inputs=inputs,
-            window=window,
-            ragged=ragged,
-            max_tokens=max_tokens,
-            batch_tokens=batch_tokens,
-            seed=seed,
-        )
-        path = Path(out) if out is not None else default_path(model)
-        return run(model, plan, path, seed=seed, allow_unproven=allow_unproven, overwrite=overwrite, progress=progress)
-
-
-@contextmanager
-def _left_as_it_was(source: object) -> Iterator[None]:
-    """Give a live module back its own training mode and gradient flags: loading freezes it for the capture."""
-    if not isinstance(source, nn.Module):
-        yield
-        return
-    modes = {module: module.training for module in source.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in source.parameters()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, wanted in flags.items():
-            parameter.requires_grad_(wanted)
+    model = load(source)
+    plan = prepare(
+        model,
+        choice,
+        text=text,
+        tokens=tokens,
+        inputs=inputs,
+        window=window,
+        ragged=ragged,
+        max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
+        seed=seed,
+    )
+    path = Path(out) if out is not None else default_path(model)
+    return run(model, plan, path, seed=seed, allow_unproven=allow_unproven, overwrite=overwrite, progress=progress)
 
 
 def prepare(

@@ -15,6 +15,7 @@ from streamlens.proof import OnNorm, Replay, Verdict, norm_statistics
 from streamlens.recorder.feed import Load
 from streamlens.recorder.pilot import parameters_of
 from streamlens.recorder.plan import Plan
+from streamlens.rest import at_rest
 
 
 class _Gatherer(Observer):
@@ -82,7 +83,7 @@ def live_blocks(module: nn.Module, plan: Plan, stream: Stream) -> Iterator[Block
     parameters = parameters_of(module)
     for planned in plan.blocks:
         seen = _Gatherer(stream, parameters, planned.load)
-        with torch.no_grad(), eager_math():
+        with at_rest(module), torch.no_grad(), eager_math():
             try:
                 anatomy, names = plan.pilot.anatomy, (stream.name,)
                 with observing(module, anatomy, seen, mixes=plan.choice.heads, streams=names):

@@ -17,6 +17,7 @@ from streamlens.errors import ProofError
 from streamlens.observation import Keeper, Observation, observing, tokens
 from streamlens.proof import Replay, Verdict, same_bits
 from streamlens.replay import widest
+from streamlens.rest import at_rest
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def fly(module: nn.Module, inputs: Inputs, anatomy: Anatomy | None = None) -> Pi
     prepared = without_cache(module, inputs)
     found = anatomy or discover(module, prepared)
     trial = _Trial(found, parameters_of(module))
-    with torch.no_grad(), eager_math():
+    with at_rest(module), torch.no_grad(), eager_math():
         plain = invoke(module, prepared)
         with observing(module, found, trial, mixes=True):
             watched = invoke(module, prepared)
