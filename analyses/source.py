@@ -28,6 +28,7 @@ from streamlens.recorder.capturing import prepare
 from streamlens.recorder.live import live_blocks
 from streamlens.recorder.pilot import first_weight, parameters_of
 from streamlens.recorder.plan import Choice, Plan
+from streamlens.wording import model_name
 
 LIVE_BATCH_TOKENS = 1024
 """A live run holds all states and writes of a batch in memory, where a capture holds one at a time."""
@@ -129,7 +130,7 @@ class CaptureSource:
     def description(self) -> str:
         """Model and text in one line."""
         attrs = self.capture.attrs
-        return f"{Path(str(attrs['model_source'])).name}, {attrs['text']}, {self.n_tokens:,} tokens"
+        return f"{model_name(str(attrs['model_source']))}, {attrs['text']}, {self.n_tokens:,} tokens"
 
     @cached_property
     def model(self) -> Model:
@@ -208,7 +209,7 @@ class LiveSource:
     @property
     def description(self) -> str:
         """Model and text in one line."""
-        return f"{Path(self.model.source).name}, {self.plan.feed.description}, {self.n_tokens:,} tokens"
+        return f"{model_name(self.model.source)}, {self.plan.feed.description}, {self.n_tokens:,} tokens"
 
     def blocks(self) -> Iterator[Block]:
         """Run the model batch by batch."""

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import streamlens as sl
 from streamlens.analyses.source import source_of
+from streamlens.cli.app import main
 from streamlens.errors import MissingDataError, UsageError
 from streamlens.reader.opening import Capture
 from streamlens.rest import at_rest
@@ -233,7 +235,40 @@ def test_a_live_module_is_not_converted(given: dict[str, Any]) -> None:
     assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:banana"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:banana", "meta"])
 def test_a_device_that_is_not_there(device: str) -> None:
-    with pytest.raises(UsageError, match=rf"device '{device}' is not there: choose from cpu"):
+    with pytest.raises(UsageError, match=rf"device '{device}' cannot be used: PyTorch .* finds cpu"):
         sl.load(factory=eval_twin, device=device)
+
+
+def test_a_command_says_in_one_line_that_a_device_is_not_there(captured: Capture) -> None:
+    for command in (["capture", "--model", "zlib:crc32"], ["lens", str(captured.path), "--model", "zlib:crc32"]):
+        result = CliRunner().invoke(main, [*command, "--device", "cuda:99"])
+        assert result.exit_code == 2, result.output
+        assert "device 'cuda:99' cannot be used" in " ".join(result.stderr.split())
+        assert "Traceback" not in result.output
+
+
+# Names
+
+
+def test_a_live_module_is_called_by_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with sl.capture(in_training(), tokens=IDS, progress=False) as capture:
+        assert capture.path.name == "GPT2LMHeadModel.h5"
+        assert source_of(capture).description.startswith("GPT2LMHeadModel, ")
+    assert source_of(in_training(), tokens=IDS).description.startswith("GPT2LMHeadModel, ")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("Qwen2.5-0.5B", "Qwen2.5-0.5B"), ("Qwen2.5-0.5B/model", "Qwen2.5-0.5B"), ("model", "model")]
+)
+def test_a_folder_gives_its_name_to_the_file(
+    folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(folder).mkdir(parents=True)
+    in_training().save_pretrained(folder)
+    with sl.capture(folder, tokens=IDS, progress=False) as capture:
+        assert capture.path.name == f"{name}.h5"
+        assert source_of(capture).description.startswith(f"{name}, ")

@@ -103,19 +103,22 @@ def _device(device: str | torch.device | None) -> torch.device:
     """The device, if there is one of that name here."""
     try:
         found = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=found)
+        there = torch.empty(0, device=found).device.type != "meta"  # which has no values
     except (
         RuntimeError,
         AssertionError,
         NotImplementedError,
     ) as error:  # it differs between builds
-        raise UsageError(f"device {str(device)!r} is not there: choose from {', '.join(_devices())}") from error
+        raise UsageError(_no_device(device)) from error
+    if not there:
+        raise UsageError(_no_device(device))
     return found
 
 
-def _devices() -> list[str]:
+def _no_device(device: object) -> str:
     graphics = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return ["cpu", *graphics, *["mps"] * torch.backends.mps.is_available()]
+    found = ["cpu", *graphics, *["mps"] * torch.backends.mps.is_available()]
+    return f"device {str(device)!r} cannot be used: PyTorch {torch.__version__} finds {', '.join(found)} here"
 
 
 def _live(module: nn.Module) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,9 +34,12 @@ from streamlens.recorder.plan import Choice, Plan
 from streamlens.rest import resting
 from streamlens.store.layout import dtype_name
 from streamlens.store.writer import CaptureWriter
+from streamlens.wording import model_name
 
 if TYPE_CHECKING:
     from streamlens.reader.opening import Capture
+
+_log = logging.getLogger("streamlens")
 
 DEFAULT_BATCH_TOKENS = 2048
 
@@ -76,7 +80,7 @@ def capture(
             comes with Python.
         tokens: token ids: one sequence, or one for each document.
         inputs: forward's own arguments instead, a tensor or a dict: embeddings, images, two sides of a translation.
-        out: the file; by default the source's name with ``.h5``, in the current folder.
+        out: the file; by default the source's name (of a live module: its class) with ``.h5``, in the current folder.
         window: tokens in each window (256, or the model's limit).
         ragged: keep documents whole instead of cutting equal windows.
         max_tokens: stop after so many tokens.
@@ -160,6 +164,9 @@ def prepare(
         corpus = windows or windows_for(
             model, documents=text, ids=tokens, window=window, max_tokens=max_tokens, ragged=ragged, seed=seed
         )
+        if windows is None:  # whoever makes windows tells what was assumed; here nobody else can
+            for note in corpus.notes:
+                _log.warning("%s", note)
         pilot, feed = _with_windows(model.module, corpus, batch_tokens, device)
     return Plan(pilot, feed, choice)
 
@@ -231,8 +238,10 @@ def run(
 
 def default_path(model: Model) -> Path:
     """Return the name of the file for a model: its own name with ``.h5``, in the current folder."""
-    stem = Path(model.source).stem or "capture"
-    return Path(f"{stem}.h5")
+    name = model_name(model.source)
+    # What stands behind the point in the name of a folder is no suffix: Qwen2.5-0.5B.
+    stem = name if Path(model.source).expanduser().is_dir() else Path(name).stem
+    return Path(f"{stem or 'capture'}.h5")
 
 
 def _identity(model: Model, plan: Plan) -> dict[str, Any]:
