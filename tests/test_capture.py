@@ -319,3 +319,14 @@ def test_a_model_that_was_dispatched_to_devices_is_captured_as_it_is(name: str, 
             assert placed.proof.exact
             assert same_bits(placed.writes, plain.writes)
             assert same_bits(placed.final, plain.final)
+
+
+def test_what_was_assumed_is_told_in_python_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without text and tokenizer the tokens are random, which nobody should find out from a title."""
+    found = case("gpt2")
+    sl.capture(found.module, out=tmp_path / "random.h5", max_tokens=32, window=8, progress=False)
+    assert any("random" in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    caplog.clear()
+    with sl.quiet():
+        sl.capture(found.module, out=tmp_path / "again.h5", max_tokens=32, window=8, progress=False)
+    assert not caplog.records
