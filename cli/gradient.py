@@ -23,7 +23,7 @@ _PATHS = ("length", "share", "low", "high", "relative_norm", "energy_share", "bi
 @analysis_options
 @click.option("--paths", is_flag=True, help="By path length instead: how many branches the gradient passed.")
 @click.option(
-    "--max-length", type=click.IntRange(min=0), help="With --paths: tell longer ones not apart. [default: 12]"
+    "--max-length", type=click.IntRange(min=0), help="With --paths: longer ones are not told apart. [default: 12]"
 )
 @click.option(
     "--sequences", type=click.IntRange(min=1), help="Run so many windows, evenly spread. [default: 32; --paths 8]"

@@ -373,8 +373,9 @@ def test_effects_need_a_linear_way_to_logits() -> None:
 def test_figures_have_labelled_axes_and_tables_come_in_all_formats(study: Any, name: str, tmp_path: Path) -> None:
     found = study(case(name).module, inputs=case(name).inputs, progress=False)
     ax = found.plot()
-    assert ax.get_xlabel()
-    assert ax.get_ylabel()
+    assert ax.get_xlabel()[0].isupper()
+    assert "\n" not in ax.get_xlabel()
+    assert ax.get_ylabel()[0].isupper()
     for suffix in (".png", ".svg", ".csv", ".json"):
         assert found.save(tmp_path / f"x{suffix}").stat().st_size > 100
     assert len(found.to_frame()) == len(found.rows()) > 0

@@ -92,3 +92,27 @@ def test_intervals_are_those_of_a_bootstrap_over_documents() -> None:
 def test_mistakes(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         look(case("gpt2"), **options)
+
+
+def test_legends_of_the_panels_lie_on_nothing_and_ranks_say_what_is_drawn() -> None:
+    figure = look(case("gpt2")).plot().get_figure()
+    assert figure is not None
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        legend = ax.get_legend()
+        assert legend is not None
+        box, own = legend.get_window_extent(), ax.get_window_extent()
+        assert box.y0 >= own.y1 - 1, "above its axes"
+        assert box.x1 <= own.x1 + 0.02 * figure.bbox.width, "and no wider"
+        assert ax.get_ylabel()[0].isupper()
+    assert figure.axes[1].get_ylabel() == "Rank + 1, log scale\n(median, quartiles)"
+    assert min(figure.axes[1].get_lines()[1].get_ydata()) == 1  # type: ignore[arg-type, type-var]
+
+
+def test_the_grid_says_what_is_framed_in_letters_that_can_be_read() -> None:
+    found = look(case("gpt2"), grid_positions=range(6)).grid
+    assert found is not None
+    ax = found.plot()
+    assert ax.get_title(loc="left").replace("\n", " ").endswith("Framed: the likeliest token is the target")
+    assert len(ax.patches) == sum(row["hit"] for row in found.rows())
+    assert {text.get_fontsize() for text in ax.texts} == {8.0}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAMES = {"layer": "whole layer", "attn": "attention", "cross_attn": "cross-attention", "mlp": "MLP", "mixer": "mixer"}
 SCORES = {
-    "delta_loss": "increase of the loss (nats per token)",
+    "delta_loss": "Increase of the loss (nats per token)",
     "kl": "KL(full || dropped) (nats per token)",
     "pooled_distance": "1 - cosine of the pooled output",
 }
@@ -74,15 +74,15 @@ def draw_sweep(found: AblationResult, ax: Axes | None = None) -> Axes:
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 3 or len(modes) > 1:
         _legend_beside(drawn)
-    return finish(drawn, x=f"layer{_agreement(found)}", y=SCORES[head], title=found.title)
+    return finish(drawn, x="Layer", y=SCORES[head], title=". ".join(filter(None, (found.title, agreement(found)))))
 
 
-def _agreement(found: AblationResult) -> str:
+def agreement(found: AblationResult) -> str:
     """Say how well each proxy orders the layers (else the sublayers) in the mode that was asked for."""
     rows = [row for row in found.correlations() if np.isfinite(row["spearman"])]
     rows = [row for row in rows if (row["over"], row["mode"]) == (rows[0]["over"], rows[0]["mode"])]
     said = ", ".join(f"{row['proxy'].replace('_', ' ')} {row['spearman']:.2f}" for row in rows)
-    return f"\nrank correlation with the score over {rows[0]['over']}s:\n{said}" if rows else ""
+    return f"Rank correlation with the score over {rows[0]['over']}s: {said}" if rows else ""
 
 
 def _legend_beside(ax: Axes) -> None:
@@ -105,7 +105,7 @@ def _draw_bars(found: AblationResult, ax: Axes | None) -> Axes:
     drawn.set_yticks(range(len(found.drops)), [f"{d.label} ({d.mode})" for d in found.drops])
     drawn.invert_yaxis()
     drawn.axvline(0.0, color=PALETTE["norm"], linewidth=0.8)
-    return finish(drawn, x=SCORES[head], y="dropped", title=found.title)
+    return finish(drawn, x=SCORES[head], y="Dropped", title=found.title)
 
 
 def draw_blocks(found: BlocksResult, ax: Axes | None = None) -> Axes:
@@ -131,7 +131,7 @@ def _blocks_map(found: BlocksResult, ax: Axes | None, title: str) -> Axes:
             drawn.plot(row["start"], row["length"], ".", color="white", markersize=3.5)
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return finish(drawn, x="first layer left out", y="number of layers left out", title=title)
+    return finish(drawn, x="First layer left out", y="Number of layers left out", title=title)
 
 
 def _side_by_side(found: Both, other: Both, draw: Callable[[Both, Axes, str], Axes]) -> Axes:
@@ -162,18 +162,18 @@ def _pairs_map(found: PairsResult, ax: Axes | None, title: str) -> Axes:
     edges = np.arange(len(grid) + 1) - 0.5
     image = drawn.pcolormesh(edges, edges, np.ma.masked_invalid(grid), cmap=DIVERGING, norm=norm)
     drawn.set_aspect("equal")
-    _bar(drawn, image, f"interaction: {UNITS[found.scores.headline]}, + backup, - series")
+    _bar(drawn, image, f"Interaction: {UNITS[found.scores.headline]}, + backup, - series")
     if found.units[0].kind == "layer":
         drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
         drawn.yaxis.set_major_locator(MaxNLocator(integer=True))
-        name = "layer"
+        name = "Layer"
     else:
         step = max(1, len(found.units) // 20)
         ticks = range(0, len(found.units), step)
         labels = [found.units[i].label.removesuffix("_out").replace("_", " ") for i in ticks]
         drawn.set_xticks(ticks, labels, rotation=90)
         drawn.set_yticks(ticks, labels)
-        name = "sublayer"
+        name = "Sublayer"
     return finish(drawn, x=name, y=name, title=title)
 
 
@@ -206,7 +206,7 @@ def draw_greedy(found: GreedyResult, ax: Axes | None = None) -> Axes:
     if found.other is not None:
         _legend_beside(drawn)
     first = next(iter(found.scores.values()))
-    return finish(drawn, x="layers left out", y=SCORES[first.headline], title=found.title)
+    return finish(drawn, x="Layers left out", y=SCORES[first.headline], title=found.title)
 
 
 def draw_swaps(found: SwapResult, ax: Axes | None = None) -> Axes:
@@ -219,7 +219,7 @@ def draw_swaps(found: SwapResult, ax: Axes | None = None) -> Axes:
     drawn.axhline(0.0, color=PALETTE["norm"], linewidth=0.8, zorder=0)
     spread_out(drawn, list(mean))
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return finish(drawn, x="layer l, exchanged with l + 1", y=SCORES[score], title=found.title)
+    return finish(drawn, x="Layer l, exchanged with l + 1", y=SCORES[score], title=found.title)
 
 
 def draw_effects(found: EffectsResult, ax: Axes | None = None) -> Axes:
@@ -245,7 +245,7 @@ def draw_effects(found: EffectsResult, ax: Axes | None = None) -> Axes:
             drawn.annotate(str(layer), (direct[i], total[i]), xytext=(4, 3), textcoords="offset points", fontsize=7)
     drawn.axline((0.0, 0.0), slope=1.0, color=PALETTE["norm"], linewidth=0.8, linestyle="--", label="total = direct")
     drawn.axhline(0.0, color=PALETTE["norm"], linewidth=0.5, zorder=0)
-    return finish(drawn, x="direct effect (logits)", y="total effect (logits)", title=found.title)
+    return finish(drawn, x="Direct effect (logits)", y="Total effect (logits)", title=found.title)
 
 
 def _bar(ax: Axes, image: QuadMesh, label: str) -> None:

@@ -150,7 +150,7 @@ class GradientResult(Result):
             interval(ax, states, low, high, colour)
         _logarithmic(ax)
         integer_ticks(ax)
-        return finish(ax, x="state (0: embedding)", y="gradient norm\n/ that at the last state", title=self.title)
+        return finish(ax, x="State (0: embedding)", y="Gradient norm\n/ that at the last state", title=self.title)
 
     def plot_shares(self, ax: Axes | None = None) -> Axes:
         """Draw the shares of skip and branches at each step, stacked; those below zero point down.
@@ -180,7 +180,7 @@ class GradientResult(Result):
         ax.set_ylim(min(0.0, 1.2 * below.min()), 1.08 * above.max())
         integer_ticks(ax)
         _legend_above(ax)
-        return finish(ax, x=_STEPS, y="share of the gradient")
+        return finish(ax, x=_STEPS, y="Share of the gradient")
 
     def plot_norm_gain(self, ax: Axes | None = None) -> Axes:
         """Draw what the norm after each addition does to the length of the gradient."""
@@ -193,10 +193,10 @@ class GradientResult(Result):
         interval(ax, list(steps), low, high, PALETTE["norm"])
         ax.axhline(1, color="black", linewidth=0.6, linestyle=":")
         integer_ticks(ax)
-        return finish(ax, x=_STEPS, y="gain of the norm\non the gradient")
+        return finish(ax, x=_STEPS, y="Gain of the norm\non the gradient")
 
 
-_STEPS = "state (0: embedding); each sublayer between those that it joins"
+_STEPS = "State (0: embedding); each sublayer between those that it joins"
 
 
 def _bounded(name: str, values: Floats) -> dict[str, float]:

@@ -218,8 +218,8 @@ class SpectrumResult(Result):
         ax.axhline(0, color="black", linewidth=0.6)
         integer_ticks(ax)
         found, least, most = self.paths.mean_length
-        x = f"branches on the path (at most {len(self.branches)}; mean {found:.2f}, interval {least:.2f} to {most:.2f})"
-        return finish(ax, x=x, y="share of the gradient", title=self.title)
+        x = f"Branches on the path (at most {len(self.branches)}; mean {found:.2f}, interval {least:.2f} to {most:.2f})"
+        return finish(ax, x=x, y="Share of the gradient", title=self.title)
 
     def plot_energies(self, ax: Axes | None = None) -> Axes:
         """Draw the energy of each length, and the binomial law that fits best."""
@@ -232,7 +232,7 @@ class SpectrumResult(Result):
         law = f"binomial law, odds {self.paths.odds:.3g}"
         ax.plot(self.lengths, self.paths.law, "o--", color=PALETTE["block"], linewidth=1, markersize=3, label=law)
         integer_ticks(ax)
-        return finish(ax, x="branches on the path", y="share of the energy")
+        return finish(ax, x="Branches on the path", y="Share of the energy")
 
 
 @resting

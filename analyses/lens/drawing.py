@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from streamlens.analyses.lens.writes import WriteLensResult
 
 STATE = "State (sublayers done)"
+_WORD = 8.0
+"""Points, of the tokens in a table."""
 FIRST, SECOND, THIRD = PALETTE["attn"], PALETTE["mlp"], PALETTE["mixer"]
 
 
@@ -53,7 +55,11 @@ def plot_panels(found: LensResult) -> Axes:
         plot_overlap(found, drawn[2])
         plot_depth(found, drawn[3])
         if targets:
-            plot_delta(found, figure.add_subplot(grid[2, :]), title="")
+            drawn.append(plot_delta(found, figure.add_subplot(grid[2, :]), title=""))
+        for ax in (ax for ax in drawn if ax.get_legend() is not None):
+            # Above, where nothing is: in small panels curves and bands leave no corner free.
+            columns = 2 if ax is drawn[0] else 3
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.4)
         figure.suptitle(wrapped(found.title, 7.2), x=0.01, ha="left", fontsize=9)
     return drawn[0]
 
@@ -66,15 +72,15 @@ def plot_kl(found: LensResult, ax: Axes | None = None, *, title: str | None = No
         _line(ax, x, found.kl, FIRST, "KL(final || lens)")
         if np.isfinite(found.cross_entropy.mean).any():
             _line(ax, x, found.cross_entropy, SECOND, "cross-entropy to the target")
-        _line(ax, x, found.entropy, THIRD, "entropy of the lens")
+        _line(ax, x, found.entropy, THIRD, "entropy")
         ax.set_ylim(bottom=0)
         spread_out(ax, list(found.kl.mean), linear=1.0)
         integer_ticks(ax)
-        return finish(ax, x=STATE, y="nats", title=found.title if title is None else title)
+        return finish(ax, x=STATE, y="Nats", title=found.title if title is None else title)
 
 
 def plot_ranks(found: LensResult, ax: Axes | None = None) -> Axes:
-    """Draw the median rank of the target and of the final favourite, with quartiles, counted from 1."""
+    """Draw the median rank of the target and of the final favourite, with quartiles; 1 is added for the logarithm."""
     with style():
         ax = axes(ax)
         for name, colour, label in (
@@ -90,7 +96,7 @@ def plot_ranks(found: LensResult, ax: Axes | None = None) -> Axes:
             interval(ax, list(found.states), list(summary.lower_quartile + 1), list(summary.upper_quartile + 1), colour)
         ax.set_yscale("log")
         integer_ticks(ax)
-        return finish(ax, x=STATE, y="Rank (median, quartiles)")
+        return finish(ax, x=STATE, y="Rank + 1, log scale\n(median, quartiles)")
 
 
 def plot_overlap(found: LensResult, ax: Axes | None = None) -> Axes:
@@ -149,40 +155,42 @@ def plot_tuned(found: TunedLens, ax: Axes | None = None) -> Axes:
 
 
 def plot_table(found: LensGrid, ax: Axes | None = None) -> Axes:
-    """Draw the likeliest token of each state and position on its probability; a frame marks the token that came."""
+    """Draw the likeliest token of each state and position on its probability; a frame marks the target."""
     states, positions = found.top.shape
+    words = found.words()
+    width, height = _table_size(words)
     with style():
-        ax = axes(ax, width=1.6 + 0.62 * positions, height=1.3 + 0.17 * states)
+        ax = axes(ax, width=width, height=height)
         image = ax.imshow(
             found.probability, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto", origin="lower", interpolation="nearest"
         )
-        words = found.words()
         for i in range(states):
             for j in range(positions):
                 _word(ax, j, i, words[i][j], dark=bool(found.probability[i, j] < 0.6))
                 if found.targets[j] >= 0 and found.top[i, j] == found.targets[j]:
                     ax.add_patch(
-                        Rectangle((j - 0.49, i - 0.46), 0.98, 0.92, fill=False, edgecolor="#D55E00", linewidth=1.0)
+                        Rectangle((j - 0.49, i - 0.46), 0.98, 0.92, fill=False, edgecolor="#D55E00", linewidth=1.4)
                     )
         _table_ticks(ax, found.read(), found.labels)
         colour_bar(ax, image, "Probability of the likeliest token")
         finish(ax, x="Token read", y="State after")
-        ax.set_title(wrapped(found.title, 1.6 + 0.62 * positions))
+        ax.set_title(wrapped(f"{found.title}. Framed: the likeliest token is the target", width - 1.6))
         return ax
 
 
 def plot_writes(found: WriteLensResult, ax: Axes | None = None) -> Axes:
     """Draw what each part adds to the target's logit; the text is the token that the part promotes most."""
     parts, positions = found.target_logit.shape
+    words = found.words()
+    width, height = _table_size(words)
     with style():
-        ax = axes(ax, width=1.8 + 0.62 * positions, height=1.3 + 0.17 * parts)
+        ax = axes(ax, width=width, height=height)
         largest = float(np.nanmax(np.abs(found.target_logit), initial=1e-9, where=np.isfinite(found.target_logit)))
         # Some writes at position 0 are so large that beside them a linear scale would show no other.
         norm = SymLogNorm(1.0, vmin=-largest, vmax=largest) if largest > 10 else Normalize(-largest, largest)
         image = ax.imshow(
             found.target_logit, cmap=DIVERGING, norm=norm, aspect="auto", origin="lower", interpolation="nearest"
         )
-        words = found.words()
         for i in range(parts):
             for j in range(positions):
                 strength = abs(2 * float(norm(np.nan_to_num(found.target_logit[i, j]))) - 1)
@@ -190,21 +198,27 @@ def plot_writes(found: WriteLensResult, ax: Axes | None = None) -> Axes:
         _table_ticks(ax, found.read(), found.labels)
         colour_bar(ax, image, "Centred logit of the target")
         finish(ax, x="Token read", y="Part of the last state")
-        ax.set_title(wrapped(found.title, 1.8 + 0.62 * positions))
+        ax.set_title(wrapped(found.title, width - 1.6))
         return ax
+
+
+def _table_size(words: Sequence[Sequence[str]]) -> tuple[float, float]:
+    """Return width and height in inches at which every word of a table fits its cell."""
+    longest = max((len(word) for row in words for word in row), default=1)
+    return max(4.5, 1.8 + (0.2 + 0.08 * longest) * len(words[0])), 1.4 + 0.22 * len(words)
 
 
 def _table_ticks(ax: Axes, read: Sequence[str], labels: Sequence[str]) -> None:
     texts = [_drawable(text) for text in read]
     ax.set_xticks(range(len(texts)), texts, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
     every = range(0, len(labels), max(1, -(-len(labels) // 64)))
-    ax.set_yticks(list(every), [labels[i].replace("_out", "") for i in every], fontsize=6)
+    ax.set_yticks(list(every), [labels[i].replace("_out", "") for i in every], fontsize=_WORD)
     ax.tick_params(length=0)
 
 
 def _word(ax: Axes, x: int, y: int, text: str, *, dark: bool) -> None:
     drawn = ax.text(
-        x, y, _drawable(text), ha="center", va="center", fontsize=5.5, color="white" if dark else "black",
+        x, y, _drawable(text), ha="center", va="center", fontsize=_WORD, color="white" if dark else "black",
         parse_math=False, clip_on=True,
     )  # fmt: skip
     drawn.set_path_effects([effects.withStroke(linewidth=0.6, foreground="#222222" if dark else "#ffffff")])

@@ -102,7 +102,7 @@ class TokenTracks(TokenTable):
         ax.set_yscale("log")
         read = shown(self.word(self.ids[column]))
         title = f"{self.title}, position {self.position[column]} (reads {read})"
-        return finish(ax, x="state x_k", y="probability", title=title)
+        return finish(ax, x="State x_k", y="Probability", title=title)
 
     def _column(self, position: int | None) -> int:
         if position is None:
