@@ -12,13 +12,14 @@ from streamlens.checkpoint.model import Model
 from streamlens.errors import MissingDataError, StreamlensError
 from streamlens.reader.opening import Capture
 
-Loader = Callable[[Path | None, torch.dtype | None], Model]
-"""Loads a model from a path (None: from its factory alone), cast to a dtype (None: as it is stored)."""
+Loader = Callable[[Path | None, torch.dtype | None, bool], Model]
+"""Loads a model from a path (None: from its factory alone), cast to a dtype (None: as it is stored). The last says
+whether the path was named, by the caller or by the capture; one that only bears the name must never run code."""
 
 
 def find_model(
     capture: Capture,
-    load_from: Loader = lambda path, dtype: load(path, dtype=dtype),
+    load_from: Loader = lambda path, dtype, named: load(path, dtype=dtype),
     *,
     moved: Path | None = None,
     builds: bool = False,
@@ -46,34 +47,42 @@ def find_model(
     ...         find_model(capture).sha256 == capture.attrs["model_sha256"]
     True
     """
-    places: list[Path | None] = [moved] if moved is not None else [*_places(capture)]
+    places: list[tuple[Path | None, bool]] = [(moved, True)] if moved is not None else [*_places(capture)]
     if not places and builds:
-        places = [None]
-    if not places:
-        source = str(capture.attrs["model_source"])
-        # A factory is code: the name of one in a file is never run, only suggested.
-        way = f"--model {source}" if ":" in source else "--model-file"
-        raise MissingDataError(
-            f"{capture.path} was made from {source}, which is not a file here or beside the capture: run this where "
-            f"it is, or give the model itself ({way}; in Python model=)"
-        )
+        places = [(None, True)]
     recorded: torch.dtype = getattr(torch, str(capture.attrs["dtype"]))
-    others: list[Model] = []
+    another: Model | None = None
     errors: list[StreamlensError] = []
-    for place in places:
+    guesses: list[StreamlensError] = []
+    for place, named in places:
         try:
-            model = load_from(place, None)
+            model = load_from(place, None, named)
             if not _is_of(model, capture) and _casts(model, recorded):
-                model = load_from(place, recorded)
+                model = load_from(place, recorded, named)
         except StreamlensError as error:  # what else bears the name does not hide the right one
-            errors.append(error)
+            (errors if named else guesses).append(error)
             continue
         if _is_of(model, capture):
             return model
-        others.append(model)
+        another = another or model
     if errors:
         raise errors[0]
-    return made_sure(others[0], capture)
+    if another is not None:
+        return made_sure(another, capture)
+    raise _nowhere(capture, guesses)
+
+
+def _nowhere(capture: Capture, guesses: list[StreamlensError]) -> MissingDataError:
+    source = str(capture.attrs["model_source"])
+    # A factory is code: the name of one in a file is never run, only suggested.
+    way = f"--model {source}" if ":" in source else "--model-file"
+    missing = MissingDataError(
+        f"{capture.path} was made from {source}, which is not a file here or beside the capture: run this where it is, "
+        f"or give the model itself ({way}; in Python model=)"
+    )
+    for guess in guesses:
+        missing.add_note(f"what bears its name is no model that can be loaded: {guess}")
+    return missing
 
 
 def made_sure(model: Model, capture: Capture) -> Model:
@@ -90,11 +99,17 @@ def made_sure(model: Model, capture: Capture) -> Model:
     return model
 
 
-def _places(capture: Capture) -> list[Path]:
-    """Where the model may be: what the file says, as seen from here and from its own folder; or its name there."""
+def _places(capture: Capture) -> list[tuple[Path, bool]]:
+    """Where the model may be: what the file says, seen from here and from its own folder; or, a guess, its name there.
+
+    Each with whether it was named, and none twice.
+    """
     source = Path(str(capture.attrs["model_source"])).expanduser()
-    places = [source, capture.folder / source, capture.folder / source.name]
-    return [path for path in dict.fromkeys(places) if path.exists()]
+    places: dict[Path, tuple[Path, bool]] = {}
+    for path, named in ((source, True), (capture.folder / source, False), (capture.folder / source.name, False)):
+        if path.exists():
+            places.setdefault(path.resolve(), (path, named))
+    return list(places.values())
 
 
 def _is_of(model: Model, capture: Capture) -> bool:

@@ -83,9 +83,10 @@ class OriginOptions:
         if named := [option for option, value in given.items() if value]:
             raise UsageError(f"{path} has its own tokens and dtype: {', '.join(named)} can only be given with a model")
 
-        def load_from(place: Path | None, dtype: torch.dtype | None) -> Model:
+        def load_from(place: Path | None, dtype: torch.dtype | None, named: bool) -> Model:
+            unsafe = self.model.unsafe_pickle and named
             source = None if place is None else str(place)
-            return replace(self.model, source=source, dtype=None).load(dtype)
+            return replace(self.model, source=source, dtype=None, unsafe_pickle=unsafe).load(dtype)
 
         find = functools.partial(
             find_model, load_from=load_from, moved=self.model_file, builds=self.model.factory is not None

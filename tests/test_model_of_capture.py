@@ -204,3 +204,45 @@ def test_what_cannot_be_loaded_does_not_hide_the_model_beside_the_capture(
         Path("there/model.pt").unlink()
         with pytest.raises(CheckpointError, match="no file that streamlens reads"):
             _ = source_of(capture).model
+
+
+def test_what_only_bears_the_name_of_the_model_is_missing_data_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    model = sl.pack(sl.load(small_gpt()), tmp_path / "there" / "model.pt")
+    monkeypatch.chdir(tmp_path)
+    sl.capture(model, out="x.h5", window=8, max_tokens=32, progress=False).close()
+    model.unlink()
+    Path("model.pt").write_text("an unrelated file beside the capture")
+    with sl.open("x.h5") as capture, pytest.raises(MissingDataError, match="not a file here") as raised:
+        _ = source_of(capture).model
+    assert "no model that can be loaded" in raised.value.__notes__[0]
+
+
+def test_a_pickle_that_only_bears_the_name_never_runs(run: Run, tmp_path: Path) -> None:
+    """--unsafe-pickle is for the file that was named, not for what lies beside a capture that somebody sent."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "sent").mkdir()
+    sl.pack(sl.load(small_gpt()), tmp_path / "mine" / "model.pt")
+    source, out = str(tmp_path / "mine" / "model.pt"), tmp_path / "sent" / "x.h5"
+    sl.capture(source, out=out, window=8, max_tokens=32, progress=False).close()
+    Path(source).unlink()
+    sentinel = tmp_path / "ran"
+    torch.save(Evil(str(sentinel)), tmp_path / "sent" / "model.pt")
+    done = run("gradient", str(out), "--unsafe-pickle")
+    assert done.exit_code == MissingDataError.exit_code
+    assert not sentinel.exists()
+    # The same file, named: that is what the option is for.
+    run("gradient", str(out), "--unsafe-pickle", "--model-file", str(tmp_path / "sent" / "model.pt"))
+    assert sentinel.exists()
+
+
+class Evil:
+    """What is unpickled writes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(self.path),)
