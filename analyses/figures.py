@@ -131,6 +131,15 @@ def spread_out(ax: Axes, values: Sequence[float], *, linear: float | None = None
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def literal(text: str) -> str:
+    """Return a text that is drawn as it is: names of files may hold a dollar, which would begin a formula.
+
+    >>> print(literal("cost_$a.h5"))
+    cost_\\$a.h5
+    """
+    return text.replace("$", r"\$")
+
+
 def wrapped(text: str, inches: float) -> str:
     """Break a title where a line of so many inches ends; texts name the model and the corpus and can be long."""
     width = max(20, int(inches * _CHARACTERS_PER_INCH))
@@ -143,12 +152,12 @@ def wrapped(text: str, inches: float) -> str:
 
 def finish(ax: Axes, *, x: str, y: str, title: str = "") -> Axes:
     """Label the axes, with units, set the title, and bring all text to the house's sizes."""
-    ax.set_xlabel(x, fontsize=_TEXT)
-    ax.set_ylabel(y, fontsize=_TEXT)
+    ax.set_xlabel(literal(x), fontsize=_TEXT)
+    ax.set_ylabel(literal(y), fontsize=_TEXT)
     ax.tick_params(labelsize=_SMALL)
     if title:
         inches = ax.get_position().width * float(_figure_of(ax).get_figwidth())
-        ax.set_title(wrapped(title, inches), loc="left", fontsize=_TEXT)
+        ax.set_title(literal(wrapped(title, inches)), loc="left", fontsize=_TEXT)
     for axis in (ax.xaxis, ax.yaxis):
         if axis.get_scale() == "log":
             low, high = axis.get_view_interval()

@@ -369,6 +369,14 @@ class TestCommand:
         assert "same tokens" in refused.stderr
 
 
+def test_names_with_dollars_are_drawn_as_they_are(made: Callable[..., Path], tmp_path: Path) -> None:
+    odd = tmp_path / "cost_$a_{$.h5"
+    shutil.copy(made("pre_norm"), odd)
+    found = compared(made("pre_norm"), odd)
+    assert found.save(tmp_path / "c.svg").stat().st_size > 5000
+    found.plot_both().get_figure().canvas.draw()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("draw", ["plot", "plot_both"])
 def test_figures_have_labels(made: Callable[..., Path], draw: str) -> None:
     found = compared(made("pre_norm"), made("post_norm"))

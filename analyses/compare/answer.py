@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamlens.analyses.compare.folding import COMPARED, Differences
-from streamlens.analyses.figures import KIND_NAMES, PALETTE, axes, finish, integer_ticks, interval, spread_out, style
+from streamlens.analyses.figures import (
+    KIND_NAMES,
+    PALETTE,
+    axes,
+    finish,
+    integer_ticks,
+    interval,
+    literal,
+    spread_out,
+    style,
+)
 from streamlens.analyses.norms.measures import SUBLAYER_KINDS, Contribution
 from streamlens.analyses.result import Result
 from streamlens.analyses.statistics import Floats, Unit
@@ -212,7 +222,7 @@ class Comparison(Result):
                 layers = [float(row["layer"]) for row in own]
                 for side, line, name in (("first", "o-", self.names[0]), ("second", "s--", self.names[1])):
                     values = [row[side] for row in own]
-                    label = f"{KIND_NAMES[kind]}, {name}"
+                    label = literal(f"{KIND_NAMES[kind]}, {name}")
                     ax.plot(layers, values, line, markersize=3, color=PALETTE[kind], label=label)
             spread_out(ax, [row[side] for own in rows.values() for row in own for side in ("first", "second")])
             integer_ticks(ax)
