@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import nn
 
 from streamlens.analyses.lens.grid import shown
 from streamlens.analyses.lens.tracks import TokenTracks, token_tracks
@@ -21,6 +22,7 @@ from streamlens.checkpoint.model import Model
 from streamlens.errors import MissingDataError, UsageError
 from streamlens.reader.citing import citation
 from streamlens.reader.opening import Capture, Proof
+from streamlens.rest import resting
 
 LEAST, MOST, WORK = 1024, 16_384, 1.4e11
 """Tokens for what runs the model: so many that tokens times parameters come to `WORK`, within these bounds."""
@@ -28,11 +30,12 @@ LEAST, MOST, WORK = 1024, 16_384, 1.4e11
 _WORD = 24
 
 
+@resting
 def report(
     origin: Origin,
     out: str | Path | None = None,
     *,
-    model: Model | None = None,
+    model: Model | nn.Module | None = None,
     against: Origin | None = None,
     sections: Sequence[str] | None = None,
     tokens: int | None = None,
