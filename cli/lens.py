@@ -167,7 +167,8 @@ def _remarks(found: LensResult) -> list[str]:
     if found.precision is not None:
         notes.append(
             f"products in lower precision: on {found.precision['tokens']:.0f} tokens kl differs by "
-            f"{found.precision['kl_error_mean']:.2g} nats on average ({found.precision['kl_error_share']:.1%} of it), "
+            f"{found.precision['kl_error_mean']:.2g} nats on average "
+            f"({100 * found.precision['kl_error_share']:.1f} % of it), "
             f"{found.precision['kl_error_max']:.2g} at most"
         )
     return notes

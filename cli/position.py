@@ -103,7 +103,7 @@ def _probes(source: Source, show: ShowOptions, options: dict[str, Any], seed: in
     print_notes(
         [
             f"trained on {train:,} tokens and tested on {test:,} of other {found.split_by}s; guessing is off by "
-            f"{found.mean_absolute_error_guess:.1f} tokens, and right about the bin in {found.chance:.0%}"
+            f"{found.mean_absolute_error_guess:.1f} tokens, and right about the bin in {100 * found.chance:.0f} %"
         ]
     )
     show.show("position", found, found.short_rows())
@@ -119,8 +119,8 @@ def _lesion(source: Source, show: ShowOptions, options: dict[str, Any], seed: in
     ]
     if found.rounding.max() > MOST_ROUNDING:
         notes.append(
-            f"the sums that are damaged are off by up to {found.rounding.max():.0%} from rounding in this dtype: use "
-            "--dtype float32"
+            f"the sums that are damaged are off by up to {100 * found.rounding.max():.0f} % from rounding in this "
+            "dtype: use --dtype float32"
         )
     print_notes(notes)
     show.show("position", found, found.short_rows())

@@ -95,7 +95,7 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
 
 
 def test_legends_of_the_panels_lie_on_nothing_and_ranks_say_what_is_drawn() -> None:
-    figure = look(case("gpt2")).plot().get_figure()
+    figure = look(case("gpt2")).plot().get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
     for ax in figure.axes:

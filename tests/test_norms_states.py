@@ -240,7 +240,9 @@ def test_attributed_logits_have_a_panel() -> None:
     upper, lower = figure.axes
     assert lower.get_ylabel() == "Added to the target's logit\n(logits; median, quartiles)"
     assert upper.get_ylabel() == "Relative write |w| / |x|\n(median, quartiles)"
-    drawn = {float(y) for line in lower.get_lines() for y in np.asarray(line.get_ydata()) if len(line.get_xdata()) > 2}
+    drawn = {
+        float(y) for line in lower.get_lines() for y in np.asarray(line.get_ydata()) if np.size(line.get_xdata()) > 2
+    }
     known = {r["logit_attribution_median"] for r in result.rows() if r["kind"] in ("attn", "mlp")}
     assert drawn == known, "every sublayer, and nothing else"
     alone = result.plot_logits()

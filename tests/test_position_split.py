@@ -90,7 +90,7 @@ class TestSplit:
         assert raw.mean() > 20 * error
 
     def test_too_little_to_average_over(self) -> None:
-        with pytest.raises(MissingDataError, match="1 documents with 4 positions"):
+        with pytest.raises(MissingDataError, match="1 document with 4 positions"):
             split(sums_on(noise(1, 5, 3)), 0)
 
 

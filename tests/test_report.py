@@ -193,6 +193,47 @@ def test_any_capture_has_a_page(name: str, tmp_path: Path) -> None:
         assert name_of_section in page.ids or any(name_of_section in text for text in told)
 
 
+def test_a_model_without_a_head_is_read_through_its_embeddings(tmp_path: Path) -> None:
+    found = case("bert_model")
+    with sl.capture(found.module, inputs=found.inputs, out=tmp_path / "a.h5", progress=False) as capture:
+        options: dict[str, Any] = {"progress": False, "positions": range(4), "sections": ["lens"]}
+        text = sl.report(capture, tmp_path / "a.html", model=found.module, **options).read_text("utf-8")
+    seen = text[: text.index('id="lens-data"')]
+    assert "read through nearest-token lens: inner products with the word embeddings, not a head; bold where" in seen
+    assert "bold where it is the token itself" in seen
+    assert "rank of the token itself" in seen
+    assert "Which word embeddings is each state nearest to?" in seen
+    for untrue in ("own head", "would the model say", "token that came", "what came"):
+        assert untrue not in seen
+
+
+def test_what_the_page_says_in_numbers(page: Page) -> None:
+    assert "bit for bit, in every block of tokens (1 block)." in page.text
+    assert "On average over depth, and over 4 windows, " in page.text
+    assert "within 0e+00" not in page.text
+    assert not re.search(
+        r"\d%", page.text[page.text.index("<main>") : page.text.index('id="lens-data"')].split("<svg")[0]
+    )
+    assert "Rank correlation with the score over layers: " in page.text
+    assert "read through the model&#39;s own head; bold where it is the token that came." in page.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_sections_that_can_say_nothing_of_single_tokens_are_left_out(tmp_path: Path) -> None:
+    told = list[str]()
+    module = case("gpt2").module
+    tokens = torch.arange(30)[:, None]
+    with sl.capture(module, tokens=tokens, out=tmp_path / "a.h5", progress=False) as capture:
+        text = sl.report(capture, tmp_path / "a.html", model=module, progress=False, tell=told.append).read_text(
+            "utf-8"
+        )
+    page = Page(text)
+    for name in ("stream", "lens", "ablation", "position", "gradient"):
+        assert name not in page.ids
+        assert any(name in reason for reason in told)
+        assert f"No section {name}: " in text
+
+
 def test_only_a_capture_has_a_report(tmp_path: Path, capture_file: Path) -> None:
     with pytest.raises(UsageError, match="streamlens capture"):
         sl.report(MODEL, tmp_path / "a.html", progress=False)

@@ -61,6 +61,32 @@ def test_the_page_is_no_wider_than_the_window(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+def test_every_figure_is_within_its_column(page: Any) -> None:
+    found = page.evaluate("""[...document.querySelectorAll("figure.drawn svg")].map((svg) => {
+        const [own, column] = [svg.getBoundingClientRect(), svg.closest("main").getBoundingClientRect()];
+        return [own.left >= column.left, own.right <= column.right, own.width > 200, own.height > 50];
+    })""")
+    assert len(found) >= 6
+    assert all(all(one) for one in found)
+    assert page.evaluate("[...document.querySelectorAll('figure')].every((f) => f.scrollWidth <= f.clientWidth)")
+
+
+def test_no_letter_of_a_track_is_cut_off(page: Any) -> None:
+    for large in (49_038, 262_143):
+        cut = page.evaluate(
+            """(large) => [...document.querySelectorAll(".detail svg")].flatMap((svg) => {
+            const number = svg.querySelectorAll("text")[2];
+            number.textContent = String(large);
+            return [...svg.querySelectorAll("text")].filter((t) => {
+                const [own, all] = [t.getBoundingClientRect(), svg.getBoundingClientRect()];
+                return own.left < all.left - 0.5 || own.right > all.right + 0.5;
+            }).map((t) => t.textContent);
+        })""",
+            large,
+        )
+        assert cut == []
+
+
 def test_hover_shows_the_likeliest_five_and_leaving_shows_the_chosen_cell(page: Any) -> None:
     chosen = page.locator("#lens-heading").inner_text()
     page.locator("td[data-s='3'][data-p='4']").hover()

@@ -113,7 +113,7 @@ class PositionResult(Result):
         last = int(seen[-1])
         name = f"x_{last}, the last state" + ("" if last == len(self.states) - 1 else " above its null band")
         carried = round(float(self.carried[last]), 2) + 0.0  # or a share just below zero would read -0%
-        return f"{start}; of the positional part of {name}, the skip carried {carried:.0%} from the embedding"
+        return f"{start}; of the positional part of {name}, the skip carried {100 * carried:.0f} % from the embedding"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row for each state; shares are fractions of 1."""

@@ -144,7 +144,7 @@ def plot_path(found: PositionResult, ax: Axes | None = None, *, state: int = -1)
         assert figure is not None, "axes without a figure"
         figure.colorbar(dots, ax=ax, label="Position (token)")
         share = strength[:2] ** 2 / (strength**2).sum()
-        labels = [f"Direction {i + 1} ({part:.0%} of the positional energy)" for i, part in enumerate(share)]
+        labels = [f"Direction {i + 1} ({100 * part:.0f} % of the positional energy)" for i, part in enumerate(share)]
         return finish(ax, x=labels[0], y=labels[1], title=f"Positional part of {found.states[state]}")
 
 

@@ -14,6 +14,7 @@ from streamlens.analyses.position.geometry import top_span
 from streamlens.analyses.position.sums import PositionSums, sketch_of
 from streamlens.analyses.statistics import Floats
 from streamlens.errors import MissingDataError
+from streamlens.wording import counted
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ def split(sums: PositionSums, state: int, first: int | None = None) -> Split:
     start = sums.first if first is None else first
     docs, count = sums.docs, sums.positions - start
     if docs < 2 or count < 2:
+        first_left_out = ", position 0 left out" if start else ""
         raise MissingDataError(
-            f"the positional part compares at least 2 positions over at least 2 documents, and there are {docs} "
-            f"documents with {max(count, 0)} positions that count: use more text, or ask for more positions, which "
-            "leaves out the documents that are shorter"
+            f"the positional part compares at least 2 positions over at least 2 documents, and here are "
+            f"{counted(docs, 'document')} with {counted(max(count, 0), 'position')} that count{first_left_out}: use "
+            "more text, or ask for more positions, which leaves out the documents that are shorter"
         )
     table = sums.sums[state][start:] / docs
     mean = table.mean(0)

@@ -61,6 +61,10 @@ class Grid:
     """What is read at each position."""
     rows: tuple[Mapping[str, Any], ...]
     """From the last state down: ``name``, ``state`` and ``cells``, each with ``word`` and ``hit``."""
+    through: str
+    """What the states are read through."""
+    target: str
+    """What is bold: the token that came, or, where the model sees both sides, the token itself."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from streamlens.errors import MissingDataError, UsageError
 from streamlens.reader.citing import citation
 from streamlens.reader.opening import Capture, Proof
 from streamlens.rest import resting
+from streamlens.wording import counted
 
 LEAST, MOST, WORK = 1024, 16_384, 1.4e11
 """Tokens for what runs the model: so many that tokens times parameters come to `WORK`, within these bounds."""
@@ -66,9 +67,8 @@ def report(
         UsageError: a section that is not there; a model instead of a capture of it.
     """
     asked = _asked(sections, compares=against is not None)
-    source = source_of(origin, model=model)
-    if not isinstance(source, CaptureSource):
-        raise UsageError("a report is about a capture, which holds the proof: run `streamlens capture` first")
+    source = _capture_of(origin, model=model)
+    other = None if against is None else _capture_of(against, stream=source.name)
     opened = source.capture
     path = Path(out) if out is not None else opened.path.with_suffix(".html")
     tracks = None
@@ -77,14 +77,26 @@ def report(
             tracks = token_tracks(source, positions=positions, doc=doc)
         except MissingDataError as reason:
             tell(f"lens grid: {reason}")
-    other = None if against is None else source_of(against)
     look = Look(source, tokens or _affordable(source), tracks, progress, other)
-    made = [_made(name, look, tell) for name in asked]
-    text = render(opened, [section for section in made if section is not None], tracks)
+    left_out: list[str] = []
+
+    def note(reason: str) -> None:
+        left_out.append(reason)
+        tell(reason)
+
+    made = [_made(name, look, note) for name in asked]
+    text = render(opened, [section for section in made if section is not None], tracks, left_out=left_out)
     partial = path.with_name(path.name + ".part")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def _capture_of(origin: Origin, **named: Any) -> CaptureSource:
+    source = source_of(origin, **named)
+    if not isinstance(source, CaptureSource):
+        raise UsageError("a report is about a capture, which holds the proof: run `streamlens capture` first")
+    return source
 
 
 def _asked(sections: Sequence[str] | None, *, compares: bool) -> list[str]:
@@ -93,6 +105,8 @@ def _asked(sections: Sequence[str] | None, *, compares: bool) -> list[str]:
         return [name for name in SECTIONS if compares or name != "comparison"]
     if unknown := [name for name in sections if name not in SECTIONS]:
         raise UsageError(f"there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    if compares != ("comparison" in sections):
+        raise UsageError("the section comparison and the capture to compare with (against, --against) need each other")
     return [name for name in SECTIONS if name in sections]
 
 
@@ -113,13 +127,16 @@ def _made(name: str, look: Look, tell: Callable[[str], None]) -> Section | None:
         return None
 
 
-def render(capture: Capture, sections: Sequence[Section], tracks: TokenTracks | None) -> str:
+def render(
+    capture: Capture, sections: Sequence[Section], tracks: TokenTracks | None, *, left_out: Sequence[str] = ()
+) -> str:
     """Return the page.
 
     Args:
         capture: what it is about.
         sections: what stands on it.
         tracks: the data of the interactive lens grid, if a section has one.
+        left_out: which sections are not there, and why.
     """
     package = "streamlens.analyses.report"
     assets = files(package) / "assets"
@@ -134,6 +151,7 @@ def render(capture: Capture, sections: Sequence[Section], tracks: TokenTracks | 
         facts=_facts(capture),
         proof=_proof(capture.proof),
         sections=sections,
+        left_out=left_out,
         citation=citation(capture),
         tracks=payload(tracks, causal=bool(attrs["causal"])) if tracks is not None and shows_grid else "",
         css=(assets / "page.css").read_text("utf-8"),
@@ -194,7 +212,7 @@ def _proof(proof: Proof) -> dict[str, str]:
         return {
             "verdict": "exact",
             "headline": "Proved: the writes add up to the model's own states, bit for bit, in every block of tokens "
-            f"({proof.blocks:,}).",
+            f"({counted(proof.blocks, 'block')}).",
             "explanation": "Every block was replayed from the embedding parts and the writes alone, in the model's own "
             "order and arithmetic, and every state compared with the one that the model computed.",
         }

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from streamlens.analyses.ablation.drawing import agreement
 from streamlens.analyses.ablation.sweep import ablate
 from streamlens.analyses.compare.door import compare
 from streamlens.analyses.gradient.door import gradient_flow
-from streamlens.analyses.lens.door import logit_lens
+from streamlens.analyses.lens.door import LensResult, logit_lens
 from streamlens.analyses.lens.grid import shown
+from streamlens.analyses.lens.head import NEAREST
 from streamlens.analyses.lens.tracks import TokenTracks
 from streamlens.analyses.norms.door import contribution_norms
 from streamlens.analyses.position.door import positional_persistence
@@ -22,6 +24,7 @@ from streamlens.analyses.sampling import sampled, window_lengths
 from streamlens.analyses.source import Source
 from streamlens.anatomy import Sublayer
 from streamlens.errors import MissingDataError
+from streamlens.wording import counted
 
 SEQUENCES = 8
 """For the gradient, which is taken once for each of so many windows."""
@@ -49,6 +52,7 @@ class Look:
 
 def stream_section(look: Look) -> Section:
     """The stream itself, and the size of every write."""
+    _demand_second_tokens(look)
     found = contribution_norms(look.source, progress=look.progress)
     stream, rows = look.source.stream, {row["label"]: row for row in found.rows()}
     branches = {s.label: _branch(s, rows[s.label]) for s in stream.sublayers}
@@ -80,6 +84,11 @@ def stream_section(look: Look) -> Section:
     )
 
 
+def _demand_second_tokens(look: Look) -> None:
+    if int(window_lengths(look.source).max()) < 2:
+        raise MissingDataError("each window holds one token, and the first of a window is left out of all means")
+
+
 def _branch(sublayer: Sublayer, row: Mapping[str, Any]) -> Branch:
     amount = float(row["relative_write_median"])
     return Branch(
@@ -91,13 +100,18 @@ def _branch(sublayer: Sublayer, row: Mapping[str, Any]) -> Branch:
 
 def lens_section(look: Look) -> Section:
     """What each state predicts."""
+    _demand_second_tokens(look)
     some = look.some()
     found = logit_lens(some, progress=look.progress, grid=False)
+    nearest, causal = found.head == NEAREST, look.source.causal
     half = int(np.argmax(found.kl.mean < found.kl.mean[0] / 2))
     answer = (
-        f"Half of the divergence from the final prediction is gone at x_{half} ({found.labels[half]}); the likeliest "
-        f"token is the final one from state {found.mean_depth:.1f} on, on average, of {len(found.states) - 1}."
+        f"Half of the divergence from the final {'state' if nearest else 'prediction'} is gone at x_{half} "
+        f"({found.labels[half]}); the {'nearest' if nearest else 'likeliest'} token is the final one "
+        f"from state {found.mean_depth:.1f} on, on average, of {len(found.states) - 1}."
     )
+    if not causal:
+        answer += " The target is the token itself: this model sees what comes after it, too."
     means = f"Every state through {found.head}; means over tokens, with 95 % intervals. {some.description}."
     tables = [table(found, "Lens", "lens.csv")]
     if look.tracks is not None:
@@ -105,13 +119,22 @@ def lens_section(look: Look) -> Section:
     return Section(
         "lens",
         "The lens",
-        "What would the model say if it stopped at each state?",
+        "Which word embeddings is each state nearest to?"
+        if nearest
+        else "What would the model say if it stopped at each state?",
         answer,
-        grid=None if look.tracks is None else grid_of(look.tracks),
-        figures=(figure(found.plot(), "Logit lens", means),),
+        grid=None if look.tracks is None else grid_of(look.tracks, causal=causal),
+        figures=(figure(found.plot(), "Nearest-token lens" if nearest else "Logit lens", means),),
         tables=tuple(tables),
-        notes=(f"The head as it is applied here is within {found.head_error:.0e} of the model's own.",),
+        notes=(_about_head(found),),
     )
+
+
+def _about_head(found: LensResult) -> str:
+    if found.head == NEAREST:
+        return "This model has no head, so probabilities are those of inner products with its word embeddings."
+    within = f"within {found.head_error:.0e} of the model's own" if found.head_error else "exactly the model's own"
+    return f"The head as it is applied here is {within}."
 
 
 def ablation_section(look: Look) -> Section:
@@ -119,6 +142,8 @@ def ablation_section(look: Look) -> Section:
     some = look.some()
     found = ablate(some, units="layers", progress=look.progress)
     score = found.scores.headline
+    if not np.isfinite(found.scores.mean(score)).all():
+        raise MissingDataError(f"no {score} is defined on these tokens")
     ranked = sorted(found.rows(), key=lambda row: float(row[score]))
     worst, least = ranked[-1], ranked[0]
     what, unit = _SCORES[score]
@@ -126,7 +151,9 @@ def ablation_section(look: Look) -> Section:
         f"Without {worst['drop']}, {what} most: {worst[score]:.3g}{unit} (95 % interval {worst['low']:.3g} to "
         f"{worst['high']:.3g}). {str(least['drop']).capitalize()} is missed least: {least[score]:.3g}."
     )
-    shown = figure(found.plot(), "Layer drop", f"Each layer left out by itself, 95 % intervals. {some.description}.")
+    agrees = agreement(found)
+    captions = (f"Each layer left out by itself, 95 % intervals. {some.description}.", agrees and f"{agrees}.")
+    shown = figure(found.plot(), "Layer drop", " ".join(filter(None, captions)))
     return Section(
         "ablation",
         "Ablation",
@@ -168,13 +195,14 @@ def gradient_section(look: Look) -> Section:
     found = gradient_flow(look.source, sequences=SEQUENCES, progress=look.progress)
     skip, first = float(found.flow.skip_share[:, 0].mean()), float(found.flow.relative_norm[0, 0])
     answer = (
-        f"On average over depth, {_percent(skip)} of the gradient comes back over the skip; at the embedding it is "
-        f"{first:.2g} times as long as at the last state."
+        f"On average over depth, and over {counted(found.sequences, 'window')}, {_percent(skip)} of the gradient comes "
+        f"back over the skip; at the embedding it is {first:.2g} times as long as at the last state."
     )
     shown = figure(
         found.plot(),
         "Gradient flow",
-        f"Split exactly at every step, {found.sequences} sequences; the parts add up to within {found.closure:.0e}.",
+        f"Split exactly at every step, {counted(found.sequences, 'window')}; the parts add up to within "
+        f"{found.closure:.0e}.",
     )
     return Section(
         "gradient",
@@ -194,13 +222,17 @@ def comparison_section(look: Look) -> Section:
     first, second = found.names
     clear, count = found.clear()
     answer = f"{clear} of {count} relative writes differ from those of {second} by more than their interval."
+    if np.isnan(found.measures.low).all():
+        answer = f"How sure the differences from {second} are cannot be said: there is one document or window only."
     if found.loss is not None:
         loss = found.loss
         answer += (
             f" The loss is {loss['first']:.4g} nats per token here and {loss['second']:.4g} there: a difference of "
-            f"{loss['difference']:.3g} (95 % interval {loss['low']:.3g} to {loss['high']:.3g})."
+            f"{loss['difference']:.3g} "
         )
-    over = f"95 % intervals over {found.unit}s of this text; they say nothing of another training."
+        known = loss["low"] <= loss["high"]
+        answer += f"(95 % interval {loss['low']:.3g} to {loss['high']:.3g})." if known else "(no interval)."
+    over = f"{found.certainty[0].upper()}{found.certainty[1:]}."
     figures = [
         figure(found.plot_both(), "Relative writes of both", f"Means over tokens. Full: {first}. Dashed: {second}."),
         figure(found.plot(), "Difference of relative writes", f"{second} less {first}. {over}"),
@@ -236,7 +268,7 @@ SECTIONS: Mapping[str, Callable[[Look], Section]] = {
 """By name, in the order of the page; the comparison is there where something is compared with."""
 
 
-def grid_of(tracks: TokenTracks) -> Grid:
+def grid_of(tracks: TokenTracks, *, causal: bool) -> Grid:
     """Return the likeliest tokens as a table, the last state first."""
     rows = [
         {
@@ -253,10 +285,11 @@ def grid_of(tracks: TokenTracks) -> Grid:
     metrics = (
         ("kl", "KL to the final"),
         ("entropy", "entropy"),
-        ("rank", "rank of what came"),
+        ("rank", "rank of what came" if causal else "rank of the token itself"),
         ("probability", "probability"),
     )
-    return Grid(metrics, heads, tuple(rows))
+    target = "the token that came" if causal else "the token itself"
+    return Grid(metrics, heads, tuple(rows), tracks.head, target)
 
 
 def _percent(share: float) -> str:

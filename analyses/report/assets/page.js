@@ -68,7 +68,7 @@
     const rank = data.rank[state][position];
     document.getElementById("lens-metrics").textContent =
       `KL ${data.kl[state][position].toFixed(2)} nats, entropy ${data.entropy[state][position].toFixed(2)} nats` +
-      (rank == null ? "" : `, rank of what came: ${rank}`);
+      (rank == null ? "" : `, rank of ${data.causal ? "what came" : "the token itself"}: ${rank}`);
   }
 
   function follower(id, position) {
@@ -95,7 +95,7 @@
   function chart(id, values, label, rank) {
     const svg = document.getElementById(id);
     svg.replaceChildren();
-    const [width, height, left, right, above, below] = [300, 110, 34, 8, 16, 18];
+    const [width, height, left, right, above, below] = [300, 110, 46, 8, 16, 18];
     const top = rank ? Math.max(...values, 1) : Math.max(...values, 1e-9);
     const scaled = (v) => (rank ? Math.log1p(v) / Math.log1p(top) : 1 - v / top);
     const x = (s) => left + ((width - left - right) * s) / Math.max(1, last);
