@@ -221,6 +221,8 @@ def test_dropout_without_a_module_of_its_own_is_met() -> None:
             found.eval()
     with pytest.raises(UsageError, match="self_attn"):
         sl.edit(model, anatomy)
+    with pytest.raises(UsageError, match="self_attn"):
+        sl.run_from(model, anatomy, 0, x, x)  # the state is the model's own input: nothing is edited
 
 
 # What is the caller's is not converted
