@@ -112,7 +112,6 @@ def run_from(
     module, found = module_of(model), anatomy.stream(stream)
     refuse_dropout(module)
     index = found.find_state(start)
-    refuse_dropout(module)
     prepared = without_cache(module, check_inputs(inputs))
     # In memory as the model itself lays it out: a product over a strided tensor can round differently.
     own = state.transpose(0, 1).contiguous() if found.position_first else state
