@@ -132,10 +132,10 @@ def spread_out(ax: Axes, values: Sequence[float], *, linear: float | None = None
 
 
 def literal(text: str) -> str:
-    """Return a text that is drawn as it is: names of files may hold a dollar, which would begin a formula.
+    r"""Return a text that is drawn as it is: names of files may hold a dollar, which would begin a formula.
 
     >>> print(literal("cost_$a.h5"))
-    cost_\\$a.h5
+    cost_\$a.h5
     """
     return text.replace("$", r"\$")
 

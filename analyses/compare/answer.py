@@ -52,8 +52,8 @@ class Similarity(Result):
     labels: tuple[tuple[str, str], ...]
     """(layer + 1,) their names."""
     cka: Floats
-    """(layer + 1,) debiased linear CKA over the sampled tokens, none at position 0: 1 for equal up to rotation, shift and
-    scale; around 0 for unrelated."""
+    """(layer + 1,) debiased linear CKA over the sampled tokens, none at position 0: 1 for equal up to rotation, shift
+    and scale; around 0 for unrelated."""
     tokens: int
     """Sampled."""
 
