@@ -10,6 +10,7 @@ from streamlens.cli.analysis import OriginOptions, origin_options
 from streamlens.cli.capture import Numbers
 from streamlens.cli.options import OutFile, Sectioned
 from streamlens.cli.output import print_notes
+from streamlens.wording import human_bytes
 
 
 @click.command("report", cls=Sectioned)
@@ -55,5 +56,4 @@ def command(
         doc=doc,
         tell=lambda text: print_notes([text]),
     )
-    size = written.stat().st_size / 1e6
-    print_notes([f"wrote {written}, {size:.1f} MB: open it in any browser"])
+    print_notes([f"wrote {written}, {human_bytes(written.stat().st_size)}: open it in any browser"])

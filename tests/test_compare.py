@@ -20,6 +20,7 @@ import streamlens as sl
 from fixtures import witnesses
 from streamlens.analyses.compare.aligning import align, beside
 from streamlens.analyses.compare.answer import Comparison
+from streamlens.analyses.figures import save_figure
 from streamlens.analyses.norms.measures import Contribution
 from streamlens.analyses.statistics import times_drawn
 from streamlens.cli.app import main
@@ -332,7 +333,7 @@ class TestRefusals:
         with h5py.File(under_way, "r+") as file:
             file["/proof/done"][1] = 0
         with pytest.raises(MissingDataError, match="under way"):
-            compared(made("rope"), sl.open(under_way, allow_partial=True))
+            sl.compare(made("rope"), sl.open(under_way, allow_partial=True), progress=False)
 
     def test_position_0_alone(self, made: Callable[..., Path]) -> None:
         with pytest.raises(MissingDataError, match="position 0 alone"):
@@ -374,7 +375,7 @@ def test_names_with_dollars_are_drawn_as_they_are(made: Callable[..., Path], tmp
     shutil.copy(made("pre_norm"), odd)
     found = compared(made("pre_norm"), odd)
     assert found.save(tmp_path / "c.svg").stat().st_size > 5000
-    found.plot_both().get_figure().canvas.draw()  # type: ignore[union-attr]
+    save_figure(found.plot_both(), tmp_path / "both.svg")
 
 
 @pytest.mark.parametrize("draw", ["plot", "plot_both"])
