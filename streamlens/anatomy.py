@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from streamlens.errors import FormatError, MissingDataError
+from streamlens.errors import FormatError, MissingDataError, UsageError
 from streamlens.wording import counted
 
 Kind = Literal["attn", "cross_attn", "mixer", "mlp"]
@@ -249,6 +249,8 @@ class Stream:
         return labels.index(chosen)
 
     def _counted(self, what: str, index: int, count: int) -> int:
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise UsageError(f"a {what} is named by its label or its index, not by {index!r}")
         if not -count <= index < count:
             raise MissingDataError(f"stream {self.name!r} has {what}s 0 to {count - 1}, not {index}")
         return range(count)[index]

@@ -49,8 +49,8 @@ def edit(
 
     Raises:
         MissingDataError: no such sublayer, state or stream; the message lists near names.
-        UsageError: one named twice, x_0 where it is the model's own input, or `model` is no module, or one in train
-            mode with a dropout above 0.
+        UsageError: one named twice, x_0 where it is the model's own input, a change that is no function, or `model` is
+            no module, or one in train mode with a dropout above 0; in a pass: a change returned another shape.
         AnatomyError: in a pass: something to change was not met.
 
     Example:
@@ -199,5 +199,24 @@ def _by_index(changes: Changes | None, find: Callable[[str | int], int]) -> Iter
         index = find(key)
         if index in named:
             raise UsageError(f"{named[index]!r} and {key!r} are the same one: give it one change, or nest two edits")
+        if not callable(change):
+            raise UsageError(
+                f"{key!r} is changed by a function of its tensor, such as torch.zeros_like, not by {change!r}"
+            )
         named[index] = key
-        yield index, change
+        yield index, _whole(key, change)
+
+
+def _whole(key: str | int, change: Change) -> Change:
+    """A change whose outcome has the shape of what it replaces: a smaller one would be broadcast in silence."""
+
+    def changed(tensor: Tensor) -> Tensor:
+        found: object = change(tensor)
+        if not isinstance(found, Tensor) or found.shape != tensor.shape:
+            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UsageError(
+                f"the change of {key!r} was given {tuple(tensor.shape)} and returned {what}: keep the shape"
+            )
+        return found
+
+    return changed

@@ -24,6 +24,8 @@ from tests.conftest import Case, case
 
 Run = Callable[..., Tensor]
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def ids_of(found: Case) -> Tensor:
     return found.inputs if isinstance(found.inputs, Tensor) else next(iter(found.inputs.values()))
@@ -243,3 +245,31 @@ def test_what_is_no_model_is_told_to_be_loaded(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["give a module or a loaded model (sl.load), not str 'model.pt'"] * len(CALLS)
+
+
+@pytest.mark.parametrize("key", [0.0, None, True])
+def test_what_is_neither_label_nor_index_names_nothing(key: Any) -> None:
+    found = case("gpt2")
+    with pytest.raises(UsageError, match="by its label or its index"):
+        sl.edit(found.module, found.anatomy, writes={key: torch.zeros_like})
+    with pytest.raises(UsageError, match="by its label or its index"):
+        sl.edit(found.module, found.anatomy, states={key: torch.zeros_like})
+
+
+def test_a_change_is_a_function_that_keeps_the_shape() -> None:
+    """A smaller tensor would be broadcast, and the numbers look like an answer."""
+    found = case("gpt2")
+    # The types of arguments are checked in the tests alone; a user's mistake comes as far as this.
+    script = (
+        "import streamlens as sl; from fixtures import zoo; s = zoo.build('gpt2')\n"
+        "sl.edit(s.module, sl.discover(s.module, s.inputs), writes={3: 0})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert "UsageError: 3 is changed by a function of its tensor, such as torch.zeros_like, not by 0" in done.stderr
+    for change in (lambda w: w[:, :1], lambda w: w[..., :1], lambda w: w[:1, :1], lambda w: None):
+        with (
+            torch.no_grad(),
+            pytest.raises(UsageError, match="keep the shape"),
+            sl.edit(found.module, found.anatomy, writes={3: change}),  # type: ignore[dict-item]
+        ):
+            invoke(found.module, found.inputs)
