@@ -249,7 +249,7 @@ def test_a_pickled_module_is_refused_for_safety(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
     code, row = pack_command(str(tmp_path / "whole.pt"), "--out", str(tmp_path / "model.pt"))
     assert code == 5
-    assert row["error"].startswith("Error: ")
+    assert row["error"].startswith("Error:")
     assert not (tmp_path / "model.pt").exists()
 
 
